@@ -1,0 +1,1 @@
+"""The model: checkpoints, fine-tuning strategies, training and pre-training."""

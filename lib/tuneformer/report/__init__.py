@@ -1,0 +1,1 @@
+"""What is said: run records, tables, figures and the page."""

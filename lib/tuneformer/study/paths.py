@@ -1,0 +1,108 @@
+"""Where the repository keeps its files, and how a file is written whole or not at all.
+
+In: a resolved study. Out: paths below the repository root, and atomic writes (temporary file, fsync, rename).
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tuneformer.study.params import Study
+
+
+def _find_root() -> Path:
+    """Return the folder that holds ``params/_base.yaml``: beside the package, or above the working directory."""
+    candidates = [Path(__file__).resolve().parents[3], Path.cwd(), *Path.cwd().parents]
+    for folder in candidates:
+        if (folder / "params" / "_base.yaml").is_file():
+            return folder
+    msg = (
+        f"No params/_base.yaml beside the package or above {Path.cwd()}: tuneformer works inside a clone of its "
+        "repository; clone it and install it with `pip install -e .`."
+    )
+    raise FileNotFoundError(msg)
+
+
+ROOT = _find_root()
+PARAMS = ROOT / "params"
+NOTEBOOKS = ROOT / "notebooks"
+RESULTS = ROOT / "results"
+FIGURES = ROOT / "figures"
+RUNS = Path(os.environ.get("TUNEFORMER_RUNS", ROOT / "runs"))
+SITE = ROOT / "site"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+def task_dir(settings: "Study") -> Path:
+    """Return the working folder of one task: ``runs/<study>/<task>`` (cells, tokens, runs)."""
+    return RUNS / settings.study / settings.task
+
+
+def cells_path(settings: "Study") -> Path:
+    """Return the file of quality-controlled, split cells that 01_qc writes."""
+    return task_dir(settings) / "cells.h5ad"
+
+
+def train_set_dir(settings: "Study") -> Path:
+    """Return the folder of one train set: its tokens and the runs trained on it."""
+    return task_dir(settings) / settings.train_set
+
+
+def tokens_path(settings: "Study") -> Path:
+    """Return the folder of tokens that 02_tokenize writes (``datasets.save_to_disk`` format)."""
+    return train_set_dir(settings) / "tokens"
+
+
+def run_dir(settings: "Study") -> Path:
+    """Return the folder of one fine-tuning run: its record, predictions and executed notebook."""
+    return train_set_dir(settings) / settings.strategy / f"seed{settings.seed}"
+
+
+def results_dir(study: str) -> Path:
+    """Return the committed results of a study: ``metrics.csv`` and ``records/``."""
+    return RESULTS / study
+
+
+def figures_dir(study: str) -> Path:
+    """Return the committed figures of a study."""
+    return FIGURES / study
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside `target`; move it onto `target` when the block ends without an error.
+
+    Works for a file or a folder. A reader sees the old thing or the new one, never half of either; after an error the
+    temporary path is removed and `target` is as it was.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    partial = scratch / target.name
+    try:
+        yield partial
+        _flush_to_disk(partial)
+        if partial.is_dir() and target.exists():
+            target.rename(scratch / "replaced")
+        partial.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write `text` to `target` atomically, as UTF-8."""
+    with atomic_path(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Force `path` (a file, or every file of a folder) out of the system's buffers."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())

@@ -1,0 +1,1 @@
+"""Cells to tokens: gene vocabulary and rank-value encoding."""
