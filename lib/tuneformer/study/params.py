@@ -163,6 +163,8 @@ class PretrainingParams(Section):
     """Peak learning rate."""
     pretrain_seed: int
     """Seed of corpus, weights, masks and order."""
+    pretrain_output: str | None
+    """Folder of the pre-trained checkpoint, relative to the repository; null writes runs/<study>/pretrained."""
     mask_share: Share
     """Share of the tokens that are hidden and have to be predicted."""
     pretrain_length: Positive
@@ -262,19 +264,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         available = sorted(file.stem for file in path.parent.glob("*.yaml") if not file.stem.startswith("_"))
         near = difflib.get_close_matches(path.stem, available, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        msg = f"{_shown(path)} does not exist.{hint} Studies here: {', '.join(available)}."
+        msg = f"{paths.shown(path)} does not exist.{hint} Studies here: {', '.join(available)}."
         raise ParameterError(msg)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, ParameterError) as error:
-        msg = f"{_shown(path)}: {' '.join(str(error).split())}"
+        msg = f"{paths.shown(path)}: {' '.join(str(error).split())}"
         raise ParameterError(msg) from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        msg = f"{_shown(path)}: expected lines of the form `key: value`, found a {type(content).__name__}."
+        msg = f"{paths.shown(path)}: expected lines of the form `key: value`, found a {type(content).__name__}."
         raise ParameterError(msg)
     return content
+
+
+def read_value(text: str) -> Any:
+    """Read one value of a parameter as a params file would (``1e-4`` is a number, ``null`` is None)."""
+    return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
 
 
 def load_study(name: str, **changes: Any) -> Study:
@@ -297,7 +304,7 @@ def load_study(name: str, **changes: Any) -> Study:
         Unknown or duplicate key, wrong type, bad name; the message names file, key and the nearest valid key.
     """
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
-        msg = f"{name!r} is not a study name: use letters, digits, _ and -, 64 at most, starting with a letter or digit."
+        msg = f"{name!r} is not a study name: use at most 64 letters, digits, _ and -, the first a letter or digit."
         raise ParameterError(msg)
     base = read_yaml(paths.PARAMS / "_base.yaml")
     own = read_yaml(paths.PARAMS / f"{name}.yaml")
@@ -305,6 +312,9 @@ def load_study(name: str, **changes: Any) -> Study:
     _refuse_unknown(own, f"params/{name}.yaml")
     _refuse_unknown(changes, f"the changes of a run of {name}")
     tasks = own.get("tasks") or [name]
+    if not isinstance(tasks, list):
+        msg = f"params/{name}.yaml: tasks: write a list, such as [drug_5class] (it is {tasks!r})."
+        raise ParameterError(msg)
     task = changes.get("task", own.get("task", tasks[0]))
     from_task: dict[str, Any] = {}
     if task != name:
@@ -322,7 +332,7 @@ def load_study(name: str, **changes: Any) -> Study:
         f"params/{name}.yaml": own,
         f"the changes of a run of {name}": changes,
     }
-    return _validated({"study": name, "task": task, "tasks": tasks}, layers)
+    return _validated({"study": name, "task": task}, layers)
 
 
 def from_notebook(namespace: Mapping[str, Any]) -> Study:
@@ -355,10 +365,6 @@ def from_notebook(namespace: Mapping[str, Any]) -> Study:
     return load_study(given.pop("study"), **given)
 
 
-def _shown(path: Path) -> str:
-    return str(path.relative_to(paths.ROOT)) if path.is_relative_to(paths.ROOT) else str(path)
-
-
 def _refuse_unknown(content: Mapping[str, Any], where: str) -> None:
     valid = [key for key in Study.model_fields if key != "study"]
     for key in content:
@@ -375,13 +381,14 @@ def _validated(values: dict[str, Any], layers: Mapping[str, Mapping[str, Any]]) 
         for key, value in content.items():
             values[key] = _number(key, value)
             origin[key] = where
+    values["tasks"] = values["tasks"] or [values["study"]]
     try:
         return Study.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else first["msg"].removeprefix("Value error, ").split(":")[0]
         reason = first["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
-        where = origin.get(key, "params/_base.yaml")
+        where = origin.get(key, "params/_base.yaml") if first["loc"] else f"params/{values['study']}.yaml"
         shown = "" if not first["loc"] else f" (it is {values.get(key)!r})"
         msg = f"{where}: {key}: {reason}{shown}."
         raise ParameterError(msg) from None

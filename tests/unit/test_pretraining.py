@@ -1,0 +1,113 @@
+"""Masked-token pre-training: masks, references and loss by their definitions, and the shipped checkpoint re-created."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import BertForMaskedLM
+
+from tuneformer.finetune import pretraining
+from tuneformer.study import paths
+from tuneformer.study.params import load_study
+from tuneformer.tokens.vocabulary import Vocabulary
+
+SHIPPED = paths.ASSETS / "demo_checkpoint"
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return load_study("tiny", pretrain_cells=300, pretrain_steps=4, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def corpus(settings):
+    return pretraining.make_corpus(settings)
+
+
+def test_corpus_is_padded_ranks_and_held_out_cells_are_not_trained_on(settings, corpus):
+    assert corpus.train.shape == (270, settings.pretrain_length)
+    assert corpus.held_out.shape == (30, settings.pretrain_length)
+    trained = {cell.numpy().tobytes() for cell in corpus.train}
+    assert not any(cell.numpy().tobytes() in trained for cell in corpus.held_out)
+
+
+def test_collator_hides_the_stated_shares_and_labels_nothing_else(corpus):
+    torch.manual_seed(0)
+    collate = pretraining.MaskedTokenCollator(corpus.vocabulary, mask_share=0.15)
+    padded = corpus.train.clone()
+    padded[:, 100:] = 0
+    batch = collate([{"input_ids": cell} for cell in padded])
+    chosen = batch["labels"] != -100
+    assert not chosen[padded == 0].any()
+    assert (batch["attention_mask"] == (padded != 0)).all()
+    assert (batch["input_ids"][~chosen] == padded[~chosen]).all()
+    assert (batch["labels"][chosen] == padded[chosen]).all()
+    n_tokens = int((padded != 0).sum())
+    assert chosen.sum() / n_tokens == pytest.approx(0.15, abs=0.01)  # standard error 0.002
+    hidden = batch["input_ids"][chosen]
+    assert (hidden == 1).float().mean() == pytest.approx(0.8, abs=0.03)  # standard error 0.006
+    assert (hidden == padded[chosen]).float().mean() == pytest.approx(0.1, abs=0.02)  # standard error 0.005
+
+
+def test_context_free_losses_by_hand():
+    genes = pd.DataFrame({"ensembl_id": ["a", "b"], "token_id": [2, 3], "median": [1.0, 1.0]})
+    vocabulary = Vocabulary(genes=genes, specials={"<pad>": 0, "<mask>": 1}, aliases={})
+    corpus = pretraining.Corpus(torch.tensor([[2, 3], [2, 3], [2, 0]]), torch.tensor([[2, 3]]), vocabulary)
+    losses = pretraining.context_free_losses(corpus)
+    # with half a count each: rank 1 holds a 3.5 times, b 0.5; rank 2 holds a 0.5 times, b 2.5
+    assert losses["uniform"] == pytest.approx(np.log(2))
+    assert losses["frequency"] == pytest.approx(-(np.log(4 / 7) + np.log(3 / 7)) / 2)
+    assert losses["frequency_by_rank"] == pytest.approx(-(np.log(3.5 / 4) + np.log(2.5 / 3)) / 2)
+
+
+def test_loss_on_chosen_positions_is_the_stock_loss(corpus):
+    model = BertForMaskedLM.from_pretrained(SHIPPED).eval()
+    batch = pretraining.MaskedTokenCollator(corpus.vocabulary, 0.15)([{"input_ids": cell} for cell in corpus.train[:8]])
+    with torch.no_grad():
+        stock = model(**batch).loss
+        ours = pretraining._MaskedTokenTrainer.compute_loss(None, model, batch)
+    assert ours.item() == pytest.approx(stock.item(), rel=1e-5)
+
+
+def test_an_interrupted_pre_training_goes_on(settings, corpus, tmp_path):
+    whole = pretraining.pretrain(settings, corpus, folder=tmp_path / "whole")
+    pretraining.pretrain(settings, corpus, folder=tmp_path / "cut", stop_after=2)
+    resumed = pretraining.pretrain(settings, corpus, folder=tmp_path / "cut")
+    pd.testing.assert_frame_equal(whole.curve, resumed.curve, check_exact=False, rtol=1e-4)
+
+
+def test_the_shipped_checkpoint_is_small_and_says_how_it_was_made():
+    files = [file for file in SHIPPED.iterdir()]
+    assert sum(file.stat().st_size for file in files) < 6_000_000
+    assert {file.name for file in files} == {
+        "config.json",
+        "model.safetensors",
+        "pretraining.json",
+        "vocabulary.parquet",
+    }
+    made_by = json.loads((SHIPPED / "pretraining.json").read_text())
+    assert made_by["simulated"] is True
+    assert "demo_pretrain" in made_by["command"]
+    shipped = load_study("demo_pretrain").section(pretraining.PretrainingParams)
+    assert made_by["parameters"] == shipped
+    curve, references = pretraining.read_history(SHIPPED)
+    assert curve["step"].iloc[-1] == shipped["pretrain_steps"]
+    assert curve["held_out_loss"].iloc[-1] < min(references.values()) - 0.5
+
+
+def test_the_first_steps_of_the_shipped_checkpoint_are_re_created(tmp_path):
+    settings = load_study("demo_pretrain", device="cpu")
+    corpus = pretraining.make_corpus(settings)
+    assert corpus.vocabulary.hash == Vocabulary.read(SHIPPED).hash
+    again = pretraining.pretrain(settings, corpus, folder=tmp_path, stop_after=5).curve
+    shipped, references = pretraining.read_history(SHIPPED)
+    # the loss falls by about 0.01 a step here; another CPU may round differently
+    np.testing.assert_allclose(again["train_loss"], shipped["train_loss"][:5], atol=2e-3)
+    np.testing.assert_allclose(again["held_out_loss"], shipped["held_out_loss"][:5], atol=2e-3)
+    assert pretraining.context_free_losses(corpus) == pytest.approx(references)
+    model = BertForMaskedLM.from_pretrained(SHIPPED)
+    assert pretraining.held_out_loss(model, corpus, settings) == pytest.approx(
+        shipped["held_out_loss"].iloc[-1], abs=2e-3
+    )
