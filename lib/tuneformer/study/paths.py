@@ -63,6 +63,16 @@ def run_dir(settings: "Study") -> Path:
     return train_set_dir(settings) / settings.strategy / f"seed{settings.seed}"
 
 
+def user_path(written: str) -> Path:
+    """Return a path that a user wrote into a study: $VARIABLES and ~ expanded; if relative, below the repository."""
+    return ROOT / Path(os.path.expandvars(written)).expanduser()
+
+
+def checkpoint_dir(name: str) -> Path:
+    """Return the folder of a checkpoint: ``demo`` lies in the package, any other name is a path (see `user_path`)."""
+    return ASSETS / "demo_checkpoint" if name == "demo" else user_path(name)
+
+
 def results_dir(study: str) -> Path:
     """Return the committed results of a study: ``metrics.csv`` and ``records/``."""
     return RESULTS / study
@@ -71,6 +81,11 @@ def results_dir(study: str) -> Path:
 def figures_dir(study: str) -> Path:
     """Return the committed figures of a study."""
     return FIGURES / study
+
+
+def shown(path: Path) -> str:
+    """Return a path as messages show it: relative to the repository when it lies in it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 @contextmanager
