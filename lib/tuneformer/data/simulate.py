@@ -13,14 +13,14 @@ Genes g, co-expressed gene programs p, cells c, wells w, drugs d.
    \log r_{cg} &= b_g + \sum_p W_{gp} A_{cp} + v_{w(c)g} \\
    A_{cp} &= a_{t(c)p} + k_{cp} + s_c\, e_{d(c)p}\, h_d(x_c) + z_{w(c)p} + \epsilon_{cp} \\
    h_d(x) &= x^{n_d} / (x^{n_d} + \mathrm{EC50}_d^{n_d}) \\
-   \mu_{cg} &= L_c \, (1 - m_c) \, r_{cg} / \textstyle\sum_{g'} r_{cg'} \quad\text{(mitochondrial genes share } L_c m_c) \\
+   \mu_{cg} &= L_c \, (1 - m_c) \, r_{cg} / \textstyle\sum_{g'} r_{cg'} \quad\text{(mitochondrial: } L_c m_c) \\
    Y_{cg} &\sim \mathrm{Poisson}(\Gamma), \quad \Gamma \sim \mathrm{Gamma}(1/\phi_g,\ \phi_g \mu_{cg}), \quad
    \phi_g = \phi_0 + \phi_1 / \bar\mu_g
 
 b: base expression (normal on the log scale); W: non-negative program loadings; a: activities of the cell type; k: cell
 cycle, two programs in quadrature; s: response of the single cell (gamma, mean 1); e: drug effect on a program; h: Hill
-curve of the dose x in uM; z, v: well effects on programs and on genes; epsilon: variation between cells; L: library size
-(log-normal); m: mitochondrial share (beta); Y: counts, gamma-Poisson with a dispersion that falls with the mean.
+curve of the dose x in uM; z, v: well effects on programs and on genes; epsilon: variation between cells; L: library
+size (log-normal); m: mitochondrial share (beta); Y: counts, gamma-Poisson with a dispersion that falls with the mean.
 Drugs also kill: the expected number of cells of a well falls with the dose by a Hill curve of its own.
 
 Every constant below was fixed before any model was trained on the cells. None is fitted to sciplex2: EC50s are of the
@@ -29,8 +29,8 @@ order at which these compounds are used in cell culture, and class sizes follow 
 Sources
 -------
 Gamma-Poisson counts and dispersion trend: Anders and Huber 2010 (doi:10.1186/gb-2010-11-10-r106), Love et al. 2014
-(doi:10.1186/s13059-014-0550-8). Log-normal library sizes and base expression, batch effects: Zappia et al. 2017, Splatter
-(doi:10.1186/s13059-017-1305-0). Design of plates, wells, drugs and doses: Srivatsan et al. 2020
+(doi:10.1186/s13059-014-0550-8). Log-normal library sizes and base expression, batch effects: Zappia et al. 2017,
+Splatter (doi:10.1186/s13059-017-1305-0). Design of plates, wells, drugs and doses: Srivatsan et al. 2020
 (doi:10.1126/science.aax6234), GEO GSM4150377.
 """
 
@@ -73,8 +73,9 @@ UNLABELLED = 0.03  # share of cells whose well could not be told
 class Drug:
     """One drug: doses in uM, effect on programs, and toxicity.
 
-    ``programs`` programs get an effect of ``effect`` times a random sign (natural-log units at loading 1); the Hill curve
-    has half-maximum ``ec50`` (uM) and steepness ``hill``. ``killed`` is the share of cells lost far above ``lc50`` (uM).
+    ``programs`` programs get an effect of ``effect`` times a random sign (natural-log units at loading 1); the Hill
+    curve has half-maximum ``ec50`` (uM) and steepness ``hill``. ``killed`` is the share of cells lost far above
+    ``lc50`` (uM).
     """
 
     name: str
@@ -99,8 +100,8 @@ DRUGS = (
 class Universe:
     """Genes and programs shared by all simulated data sets.
 
-    ``base`` (genes,) is log base expression, ``loadings`` (genes, programs), ``dispersion`` (genes,); the last ``N_MITO``
-    genes are mitochondrial and belong to no program.
+    ``base`` (genes,) is log base expression, ``loadings`` (genes, programs), ``dispersion`` (genes,); the last
+    ``N_MITO`` genes are mitochondrial and belong to no program.
     """
 
     base: np.ndarray
@@ -119,13 +120,13 @@ class Universe:
 def make_universe() -> Universe:
     """Draw genes and programs. Always the same: the seed is `UNIVERSE_SEED`."""
     rng = np.random.default_rng(UNIVERSE_SEED)
-    base = rng.normal(0, BASE_SD, N_GENES).astype(np.float32)
-    loadings = np.zeros((N_GENES, N_PROGRAMS), dtype=np.float32)
+    base = rng.normal(0, BASE_SD, N_GENES)
+    loadings = np.zeros((N_GENES, N_PROGRAMS))
     for program in range(N_PROGRAMS):
         members = rng.choice(N_GENES - N_MITO, size=rng.integers(20, 51), replace=False)
         loadings[members, program] = rng.uniform(0.5, 1.5, len(members))
     mean_count = LIBRARY_MEDIAN * np.exp(base) / np.exp(base).sum()
-    dispersion = (DISPERSION[0] + DISPERSION[1] / mean_count).astype(np.float32)
+    dispersion = DISPERSION[0] + DISPERSION[1] / mean_count
     return Universe(base=base, loadings=loadings, dispersion=dispersion)
 
 
@@ -156,7 +157,7 @@ def simulate_sciplex2(n_cells: int, *, seed: int) -> ad.AnnData:
 
     n_wells = len(wells)
     well_program = rng.normal(0, WELL_PROGRAM_SD, (n_wells, N_PROGRAMS))
-    well_gene = rng.normal(0, WELL_GENE_SD, (n_wells, N_GENES)).astype(np.float32)
+    well_gene = rng.normal(0, WELL_GENE_SD, (n_wells, N_GENES))
     well_library = rng.normal(0, WELL_LIBRARY_SD, n_wells)
 
     response = rng.gamma(RESPONSE_SHAPE, 1 / RESPONSE_SHAPE, n_cells)
@@ -183,8 +184,13 @@ def simulate_sciplex2(n_cells: int, *, seed: int) -> ad.AnnData:
         "loadings": universe.loadings,
         "dispersion": universe.dispersion,
     }
-    activity = activity.astype(np.float32)
-    return ad.AnnData(counts, obs=obs, var=universe.var, obsm={"simulation": activity}, uns={"simulation": truth})
+    return ad.AnnData(
+        counts,
+        obs=obs,
+        var=universe.var,
+        obsm={"simulation": activity.astype(np.float32)},
+        uns={"simulation": truth},
+    )
 
 
 def simulate_corpus(n_cells: int, *, n_types: int, seed: int) -> ad.AnnData:
@@ -298,20 +304,21 @@ def _draw_counts(
     """Draw gamma-Poisson counts, (cells, genes), in chunks of 2,000 cells.
 
     `gene_shift` (wells, genes) is added to the log rates of the cells of each well; `shift_of` (cells,) names the well.
+    All in float64: one last digit that another processor rounds otherwise could flip a draw and shift all later ones.
     """
     parts = []
     mito = slice(N_GENES - N_MITO, N_GENES)
     nuclear = slice(0, N_GENES - N_MITO)
     for start in range(0, len(library), 2000):
         rows = slice(start, start + 2000)
-        log_rate = universe.base + activity[rows].astype(np.float32) @ universe.loadings.T  # (cells, genes)
+        log_rate = universe.base + activity[rows] @ universe.loadings.T  # (cells, genes)
         if gene_shift is not None:
             log_rate += gene_shift[shift_of[rows]]
         rate = np.exp(log_rate)
         rate[:, nuclear] *= (1 - mito_share[rows, None]) / rate[:, nuclear].sum(axis=1, keepdims=True)
         rate[:, mito] *= mito_share[rows, None] / rate[:, mito].sum(axis=1, keepdims=True)
         mean = library[rows, None] * rate
-        gamma = rng.standard_gamma(1 / universe.dispersion, size=mean.shape, dtype=np.float32)
+        gamma = rng.standard_gamma(1 / universe.dispersion, size=mean.shape)
         counts = rng.poisson(gamma * (universe.dispersion * mean))
         parts.append(sparse.csr_matrix(counts.astype(np.float32)))
     return sparse.vstack(parts, format="csr")

@@ -1,0 +1,156 @@
+"""Which cells are trained on, which choose the best epoch, and which are tested.
+
+In: the class of every cell, shares and a seed. Out: "train", "validation" or "test" for every cell, the same on every
+machine and for every run of a study, because the draw hashes seed and name and knows nothing of the training seed.
+"""
+
+import hashlib
+
+import numpy as np
+import pandas as pd
+
+from tuneformer.data.readers import CellsError
+
+PARTS = ("train", "validation", "test")
+
+
+def assign_split(
+    labels: pd.Series,
+    *,
+    test_share: float,
+    validation_share: float,
+    seed: int,
+    groups: pd.Series | None = None,
+) -> pd.Series:
+    """Split cells into train, validation and test, stratified by class.
+
+    Without groups, each class gives ``round(test_share n)`` of its n cells to the test set and
+    ``round(validation_share m)`` of its remaining m to validation, but one at least. With groups, groups are set aside
+    whole, in random order, as long as each one brings the classes nearer to their shares; every class is in each part,
+    but the shares are only as close as the groups allow.
+
+    Parameters
+    ----------
+    labels
+        Class of every cell, indexed by unique cell names; (cells,).
+    test_share
+        Share of the cells in the test set (0 to 1).
+    validation_share
+        Share of the other cells in the validation set (0 to 1).
+    seed
+        Seed of the draw.
+    groups
+        Group (well, donor) of every cell, in the order of `labels`; None splits by cell.
+
+    Returns
+    -------
+    Categorical of `PARTS`, indexed as `labels`. It depends on names, classes, groups and seed, not on the order of the
+    cells.
+
+    Raises
+    ------
+    CellsError
+        A cell name stands twice; a class or group is missing; a class is too small, or in too few groups, to be in all
+        parts.
+    """
+    labels = labels.astype(object)
+    if labels.index.has_duplicates:
+        first = labels.index[labels.index.duplicated()][0]
+        msg = f"The cell name {first!r} stands more than once; make obs_names unique."
+        raise CellsError(msg)
+    if labels.isna().any():
+        msg = f"{labels.isna().sum()} cells have no class and cannot be split; drop them first."
+        raise CellsError(msg)
+    if groups is None:
+        part = _by_cell(labels, test_share, validation_share, seed)
+    else:
+        part = _by_group(labels, groups.astype(object), test_share, validation_share, seed)
+    return part.astype(pd.CategoricalDtype(list(PARTS))).rename("split")
+
+
+def split_table(labels: pd.Series, split: pd.Series) -> pd.DataFrame:
+    """Count cells by class (rows) and part of the split (columns), with sums."""
+    table = pd.crosstab(labels, split)[list(PARTS)]
+    table["all"] = table.sum(axis=1)
+    table.index = table.index.astype(object)
+    table.loc["all"] = table.sum()
+    return table.rename_axis(index="class", columns="cells")
+
+
+def split_hash(split: pd.Series) -> str:
+    """Return 16 hex digits that name this split: which cell is in which part, in any order."""
+    text = "\n".join(sorted(f"{part}\t{name}" for name, part in split.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _by_cell(labels: pd.Series, test_share: float, validation_share: float, seed: int) -> pd.Series:
+    part = pd.Series("train", index=labels.index)
+    for name, cells in labels.groupby(labels, sort=False):
+        n_test = max(1, round(test_share * len(cells)))
+        n_validation = max(1, round(validation_share * (len(cells) - n_test)))
+        if n_test + n_validation >= len(cells):
+            msg = (
+                f"Class {name!r} has {len(cells)} cells after quality control, too few for a test share of "
+                f"{test_share:.3g} and a validation share of {validation_share:.3g}; leave it out of classes, or "
+                "change the shares."
+            )
+            raise CellsError(msg)
+        drawn = _in_random_order(cells.index, seed)
+        part[drawn[:n_test]] = "test"
+        part[drawn[n_test : n_test + n_validation]] = "validation"
+    return part
+
+
+def _by_group(labels: pd.Series, groups: pd.Series, test_share: float, validation_share: float, seed: int) -> pd.Series:
+    if groups.isna().any():
+        msg = f"{groups.isna().sum()} cells have no group in {groups.name!r}; drop them, or set group_by: null."
+        raise CellsError(msg)
+    counts = pd.crosstab(groups.to_numpy(), labels.to_numpy())  # (groups, classes)
+    few = (counts > 0).sum()
+    if few.min() < len(PARTS):
+        msg = (
+            f"Class {few.idxmin()!r} is in {few.min()} groups of {groups.name!r}, and train, validation and test need "
+            "one whole group each; leave the class out of classes, or set group_by: null."
+        )
+        raise CellsError(msg)
+    counts = counts.loc[_in_random_order(counts.index, seed)]
+    test = _take_groups(counts, test_share * counts.sum().to_numpy(), leave=2)
+    rest = counts.drop(index=test)
+    validation = _take_groups(rest, validation_share * rest.sum().to_numpy(), leave=1)
+    for taken in (test, validation):
+        absent = counts.columns[counts.loc[taken].sum() == 0]
+        if len(absent):
+            msg = (
+                f"No whole groups of {groups.name!r} were found that put class {absent[0]!r} into train, validation "
+                "and test; try another split_seed, leave the class out of classes, or set group_by: null."
+            )
+            raise CellsError(msg)
+    part_of = (
+        dict.fromkeys(counts.index, "train") | dict.fromkeys(validation, "validation") | dict.fromkeys(test, "test")
+    )
+    return pd.Series(groups.map(part_of).to_numpy(), index=labels.index)
+
+
+def _take_groups(counts: pd.DataFrame, target: np.ndarray, *, leave: int) -> list:
+    """Take groups in order while they help, leaving at least `leave` groups of every class.
+
+    A group helps if afterwards fewer classes are absent, or as many and the relative squared distance of the taken
+    cells of all classes to `target` (classes,) is smaller.
+    """
+    taken: list = []
+    cells = np.zeros(len(target))
+    left = (counts > 0).sum().to_numpy()  # groups of every class
+    distance = (len(target), float(len(target)))
+    for _ in range(2):  # the second pass sees groups that could only help once others were taken
+        for group, row in zip(counts.index, counts.to_numpy(), strict=True):
+            after = cells + row
+            new = (int((after == 0).sum()), float((((after - target) / target) ** 2).sum()))
+            if group not in taken and new < distance and (left - (row > 0) >= leave).all():
+                taken.append(group)
+                cells, distance, left = after, new, left - (row > 0)
+    return taken
+
+
+def _in_random_order(names: pd.Index, seed: int) -> list:
+    """Sort names by the hash of seed and name: a random order that does not depend on the given one."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())

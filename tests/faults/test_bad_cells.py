@@ -1,0 +1,256 @@
+"""Cells that cannot be used: each is refused with one sentence that says what, where, and what to do."""
+
+import re
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from tuneformer.data import catalog, preprocessing, readers
+from tuneformer.data.readers import CellsError
+from tuneformer.study import paths
+from tuneformer.study.params import load_study
+
+GENES = [f"ENSG{number:011d}" for number in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def own_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+
+
+@pytest.fixture
+def cells():
+    """Return 60 good cells of two types from six donors."""
+    rng = np.random.default_rng(0)
+    counts = sparse.csr_matrix(rng.poisson(60, (60, 20)).astype(np.float32))
+    obs = pd.DataFrame({"celltype": ["T", "B"] * 30, "donor": [f"d{number // 10}" for number in range(60)]})
+    obs.index = [f"cell{number}" for number in range(60)]
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame({"ensembl_id": GENES}, index=GENES))
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Return the own-data path: write the cells to an h5ad and prepare it as study pbmc_facs would."""
+
+    def write_and_prepare(adata, **changes):
+        path = tmp_path / "cells.h5ad"
+        adata.write_h5ad(path)
+        return preprocessing.prepare_cells(load_study("pbmc_facs", **{"path": str(path), "min_counts": 0} | changes))
+
+    return write_and_prepare
+
+
+def refusal(function, *args, **keywords):
+    """Return the message of a `CellsError`, which must be one sentence, and leave nothing behind."""
+    with pytest.raises(CellsError) as caught:
+        function(*args, **keywords)
+    message = str(caught.value)
+    assert re.fullmatch(r"[^\n]+\.", message)
+    assert not re.search(r"[a-z)]\. [A-Z]", message)
+    assert len(message) < 420
+    assert not list(paths.RUNS.rglob("*cells*"))
+    return message
+
+
+def with_value(adata, value, dtype=np.float32):
+    counts = adata.X.astype(dtype).toarray()
+    counts[3, 5] = value
+    adata.X = sparse.csr_matrix(counts)
+    return adata
+
+
+def test_good_cells_pass(cells, prepare):
+    adata = prepare(cells, group_by="donor")
+    assert adata.n_obs == 60
+    assert adata.obs.groupby("donor", observed=True)["split"].nunique().max() == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(2.5, "fractional"), (-1, "negative"), (np.nan, r"missing \(NaN\)"), (np.inf, "infinite")],
+)
+def test_values_that_are_no_counts(cells, prepare, value, what):
+    message = refusal(prepare, with_value(cells, value))
+    assert re.match(
+        rf"X holds {what} values \(1 of them; the first is \S+ for gene {GENES[5]} in cell cell3\), so these are not "
+        r"raw counts; set counts to raw or to the layer with raw counts\.$",
+        message,
+    )
+
+
+def test_normalised_cells(cells, prepare):
+    cells.layers["umi"] = cells.X.copy()
+    cells.X = np.log1p(cells.X)
+    assert "X holds fractional values" in refusal(prepare, cells)
+    assert prepare(cells, counts="umi").n_obs == 60
+
+
+def test_normalised_cells_in_double_precision_that_single_would_round(cells, prepare):
+    assert "fractional values (1 of them" in refusal(prepare, with_value(cells, 60 + 1e-9, np.float64))
+
+
+def test_no_counts_at_all(cells, prepare):
+    cells.X = sparse.csr_matrix(cells.shape, dtype=np.float32)
+    assert refusal(prepare, cells).startswith("X holds no count at all; set counts to")
+
+
+def test_truth_values_are_no_counts(cells, prepare):
+    cells.X = cells.X > 50
+    assert refusal(prepare, cells).startswith("X holds bool values, not numbers; set counts to")
+
+
+@pytest.mark.parametrize("shape", [(0, 20), (60, 0)])
+def test_no_cells_or_genes(cells, prepare, shape):
+    message = refusal(prepare, cells[: shape[0], : shape[1]].copy())
+    assert message == f"The data set has {shape[0]} cells and {shape[1]} genes; choose a file that has both."
+
+
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_a_cell_name_twice(cells, prepare):
+    cells.obs_names = ["cell0", "cell0", *cells.obs_names[2:]]
+    assert refusal(prepare, cells) == "The cell name 'cell0' stands 2 times; make every cell name unique."
+
+
+def test_a_gene_twice(cells, prepare):
+    cells.var["ensembl_id"] = [*GENES[:-1], GENES[0]]
+    assert refusal(prepare, cells) == (
+        f"cells.h5ad: var: the gene identifier {GENES[0]} stands 2 times (identifiers that do: 1); sum the counts of "
+        "each or keep one."
+    )
+    cells.var["ensembl_id"] = GENES[0]
+    settings = load_study("pbmc_facs")
+    assert refusal(preprocessing.check_cells, cells, settings).startswith(f"The gene identifier '{GENES[0]}' stands 20")
+
+
+def test_versions_of_the_same_gene(cells, prepare):
+    cells.var["ensembl_id"] = [f"{GENES[0]}.1", f"{GENES[0]}.2", *GENES[2:]]
+    assert refusal(prepare, cells) == (
+        f"cells.h5ad: var: {GENES[0]}.1 and {GENES[0]}.2 are the same gene without their version (such genes: 1); sum "
+        "the counts of each or keep one version."
+    )
+
+
+@pytest.mark.parametrize(("key", "column"), [("label", "cell_type"), ("select_column", "Donor"), ("group_by", "well")])
+def test_an_obs_column_that_is_not_there(cells, prepare, key, column):
+    message = refusal(prepare, cells, **{key: column})
+    assert message.startswith(f"{key}: the cells have no obs column {column!r}; ")
+    assert "; choose one of: celltype, donor" in message
+
+
+def test_a_misspelt_column_gets_a_hint(cells, prepare):
+    assert "(did you mean 'celltype'?)." in refusal(prepare, cells, label="cell_type")
+
+
+@pytest.mark.parametrize("key", ["ensembl_id", "symbol"])
+def test_a_var_column_that_is_not_there(cells, prepare, key):
+    message = refusal(prepare, cells, **{key: "gene"})
+    assert message == f"cells.h5ad: var has no column 'gene' for {key}; choose one of: ensembl_id."
+
+
+def test_a_layer_that_is_not_there(cells, prepare):
+    cells.layers["umi"] = cells.X.copy()
+    message = refusal(prepare, cells, counts="umis")
+    assert message.endswith("cells.h5ad has no counts in 'umis'; set counts to one of: X, umi.")
+
+
+def test_a_class_that_is_not_there(cells, prepare):
+    assert refusal(prepare, cells, classes=["T", "NK"]) == (
+        "classes: no cell is left with 'NK' in obs column 'celltype' after quality control; choose one of: B, T."
+    )
+
+
+def test_a_class_that_quality_control_empties(cells, prepare):
+    counts = cells.X.toarray()
+    counts[(cells.obs["celltype"] == "B").to_numpy(), 1:] = 0
+    cells.X = sparse.csr_matrix(counts)
+    message = refusal(prepare, cells, min_counts=500, classes=["B", "T"])
+    assert message.startswith("classes: no cell is left with 'B' in obs column 'celltype' after quality control")
+
+
+def test_a_selection_that_is_not_there(cells, prepare):
+    message = refusal(prepare, cells, select_column="donor", select_values=["d11"])
+    assert message.startswith("select_values: no cell is left with 'd11' in obs column 'donor'")
+    assert "(did you mean 'd1'?)" in message
+
+
+def test_one_class_only(cells, prepare):
+    cells.obs["celltype"] = "T"
+    assert (
+        refusal(prepare, cells) == "obs column 'celltype' has one class, 'T'; set label to a column with two or more."
+    )
+
+
+def test_labels_that_are_all_missing(cells, prepare):
+    cells.obs["celltype"] = pd.Categorical([None] * 60, categories=["T"])
+    assert refusal(prepare, cells).startswith("Quality control drops all 60 cells, 60 of them by label")
+
+
+def test_limits_that_drop_every_cell(cells, prepare):
+    message = refusal(prepare, cells, min_counts=100_000)
+    assert message.startswith("Quality control drops all 60 cells, 60 of them by min_counts (median count of a cell: 1")
+
+
+def test_a_class_too_small_for_the_split(cells, prepare):
+    cells.obs["celltype"] = ["T"] * 58 + ["B"] * 2
+    assert refusal(prepare, cells).startswith("Class 'B' has 2 cells after quality control, too few for a test share")
+
+
+def test_too_few_groups_for_the_split(cells, prepare):
+    cells.obs["donor"] = ["d1", "d1", "d2", "d2"] * 15
+    assert refusal(prepare, cells, group_by="donor").startswith("Class 'B' is in 2 groups of 'donor'")
+
+
+def test_no_such_file():
+    settings = load_study("pbmc_facs", path="/nowhere/cells.h5ad")
+    expected = "path: /nowhere/cells.h5ad does not exist; set it to an h5ad file with raw counts."
+    assert refusal(preprocessing.prepare_cells, settings) == expected
+    message = refusal(readers.read_h5ad_counts, "/nowhere/cells.h5ad", counts="X", ensembl_id=None, symbol=None)
+    assert message.startswith("/nowhere/cells.h5ad does not exist")
+
+
+def test_a_variable_that_is_not_set(monkeypatch):
+    monkeypatch.delenv("TUNEFORMER_DATA", raising=False)
+    assert refusal(preprocessing.prepare_cells, load_study("pbmc_facs")) == (
+        "path: $TUNEFORMER_DATA/pbmc_facs_raw.h5ad needs the variable TUNEFORMER_DATA, which is not set; type export "
+        "TUNEFORMER_DATA=/folder/of/the/data before you start, or write the whole path into the params file."
+    )
+
+
+def test_sciplex2_cannot_be_downloaded_yet():
+    message = refusal(catalog.load_cells, load_study("tiny", dataset="sciplex2"))
+    assert message.startswith("dataset: sciplex2 cannot be downloaded yet; get ")
+
+
+def test_a_file_that_is_no_h5ad(tmp_path):
+    path = tmp_path / "cells.h5ad"
+    path.write_text("gene,cell,count\n")
+    settings = load_study("pbmc_facs", path=str(path))
+    assert "could not be read as an h5ad file" in refusal(catalog.load_cells, settings)
+
+
+def test_a_file_that_ends_too_early(cells, tmp_path):
+    path = tmp_path / "cells.h5ad"
+    cells.write_h5ad(path)
+    path.write_bytes(path.read_bytes()[:4000])
+    settings = load_study("pbmc_facs", path=str(path))
+    assert "could not be read as an h5ad file" in refusal(catalog.load_cells, settings)
+
+
+def test_an_interrupted_write_leaves_the_old_cells(cells, prepare, tmp_path, monkeypatch):
+    adata = prepare(cells)
+    settings = load_study("pbmc_facs", path=str(tmp_path / "cells.h5ad"), min_counts=0)
+    before = paths.cells_path(settings).read_bytes()
+
+    def full_disk(self, path, **keywords):
+        path.write_bytes(b"half a file")
+        msg = "No space left on device"
+        raise OSError(msg)
+
+    monkeypatch.setattr(ad.AnnData, "write_h5ad", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        preprocessing.write_cells(adata, settings)
+    assert paths.cells_path(settings).read_bytes() == before
+    assert [file.name for file in paths.task_dir(settings).iterdir()] == ["cells.h5ad"]

@@ -1,0 +1,188 @@
+"""Quality control: each rule drops what it should, cells get their class, and a file is read or made again."""
+
+import json
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from tuneformer.data import preprocessing, simulate
+from tuneformer.study import paths
+from tuneformer.study.params import load_study
+
+
+@pytest.fixture
+def settings():
+    return load_study("tiny", min_counts=10, max_counts=100, max_mito_share=0.5)
+
+
+@pytest.fixture
+def cells():
+    """Return six cells, of which all but the first fail something: total count, mitochondrial share, label."""
+    counts = np.array([[20, 5], [4, 5], [100, 1], [5, 20], [2, 3], [20, 20]], dtype=np.int64)
+    treatment = pd.Categorical(["Dex", "Dex", "BMS", "BMS", "BMS", None])
+    obs = pd.DataFrame({"treatment": treatment}, index=[f"c{number}" for number in range(6)])
+    var = pd.DataFrame({"ensembl_id": ["G1", "G2"], "symbol": ["TP53", "mt-Nd1"]}, index=["G1", "G2"])
+    return ad.AnnData(sparse.csr_matrix(counts), obs=obs, var=var)
+
+
+def test_each_rule_flags_its_cells(cells, settings):
+    flags = preprocessing.qc_flags(cells, settings)
+    assert flags["n_counts"].tolist() == [25, 9, 101, 25, 5, 40]
+    assert flags["n_genes"].tolist() == [2] * 6
+    np.testing.assert_allclose(flags["mito_share"], [0.2, 5 / 9, 1 / 101, 0.8, 0.6, 0.5])
+    failed = {rule: list(flags.index[flags[rule]]) for rule in preprocessing.RULES}
+    assert failed == {
+        "label": ["c5"],
+        "min_counts": ["c1", "c4"],
+        "max_counts": ["c2"],
+        "max_mito_share": ["c1", "c3", "c4"],
+    }
+
+
+def test_the_table_counts_each_rule_and_what_only_it_drops(cells, settings):
+    table = preprocessing.qc_table(preprocessing.qc_flags(cells, settings), settings)
+    assert table["number"].to_dict() == {
+        "fails label": 1,
+        "fails min_counts": 2,
+        "fails max_counts": 1,
+        "fails max_mito_share": 3,
+        "kept": 1,
+        "all": 6,
+    }
+    assert table["by this rule alone"].tolist() == [1, 0, 1, 1, "", ""]
+    assert table["limit"].tolist() == ["known", "10", "100", "0.5", "", ""]
+
+
+def test_limits_are_inclusive_and_can_be_off(cells):
+    settings = load_study("tiny", min_counts=9, max_counts=101, max_mito_share=0.8)
+    flags = preprocessing.qc_flags(cells, settings)
+    assert list(flags.index[flags["min_counts"] | flags["max_counts"] | flags["max_mito_share"]]) == ["c4"]
+    unlimited = load_study("tiny", max_counts=None)
+    assert not preprocessing.qc_flags(cells, unlimited)["max_counts"].any()
+    assert preprocessing.qc_table(flags, unlimited).loc["fails max_counts", "limit"] == "none"
+
+
+def test_a_group_or_selection_that_is_missing_counts_as_no_label(cells):
+    cells.obs["well"] = ["A1", None, "A1", "A2", "A2", "A3"]
+    cells.obs["drug"] = ["Dex", "Dex", None, "BMS", "BMS", "BMS"]
+    settings = load_study("tiny", group_by="well", select_column="drug", select_values=["BMS"])
+    flags = preprocessing.qc_flags(cells, settings)
+    assert list(flags.index[flags["label"]]) == ["c1", "c2", "c5"]
+
+
+def test_without_mitochondrial_genes_the_share_is_missing_and_drops_nothing(cells, settings):
+    cells.var["symbol"] = ["TP53", "ACTB"]
+    flags = preprocessing.qc_flags(cells, settings)
+    assert flags["mito_share"].isna().all()
+    assert not flags["max_mito_share"].any()
+
+
+def test_an_empty_cell_fails_without_a_warning(cells, settings):
+    cells.X[0] = 0
+    flags = preprocessing.qc_flags(cells, settings)
+    assert flags.loc["c0", "min_counts"]
+    assert np.isnan(flags.loc["c0", "mito_share"])
+
+
+def test_kept_cells_carry_their_measures(cells, settings):
+    kept = preprocessing.keep_cells(cells, preprocessing.qc_flags(cells, settings))
+    assert list(kept.obs_names) == ["c0"]
+    assert kept.obs["n_counts"].tolist() == [25.0]
+    assert kept.obs["mito_share"].tolist() == [0.2]
+    assert isinstance(kept.X, sparse.csr_matrix)
+    assert kept.X.dtype == np.float32
+    assert cells.n_obs == 6
+
+
+def test_classes_keep_their_order_and_other_cells_go():
+    adata = simulate.simulate_sciplex2(600, seed=0)
+    adata = adata[adata.obs["treatment"].notna()].copy()
+    settings = load_study("demo", task="nutlin_4class")
+    selected = preprocessing.select_task_cells(adata, settings)
+    assert list(selected.obs["label"].cat.categories) == ["0.25 uM", "2.5 uM", "25 uM", "125 uM"]
+    assert selected.obs["label"].cat.ordered
+    assert set(selected.obs["drug"]) == {"Nutlin"}
+    assert set(selected.obs["dose"]) == {0.1, 1.0, 10.0, 50.0}
+    expected = ((adata.obs["drug"] == "Nutlin") & adata.obs["dose"].isin([0.1, 1, 10, 50])).sum()
+    assert selected.n_obs == expected > 0
+
+
+def test_no_classes_means_all_sorted(cells):
+    settings = load_study("pbmc68k", label="treatment")
+    selected = preprocessing.select_task_cells(cells[:5].copy(), settings)
+    assert list(selected.obs["label"].cat.categories) == ["BMS", "Dex"]
+
+
+def test_numbers_can_be_classes(cells):
+    cells.obs["cluster"] = [0, 1, 1, 2, 0, 2]
+    settings = load_study("tiny", label="cluster", classes=["2", "0"])
+    assert preprocessing.select_task_cells(cells, settings).obs["label"].tolist() == ["0", "2", "0", "2"]
+
+
+def test_tables_count_classes_and_doses():
+    adata = simulate.simulate_sciplex2(600, seed=0)
+    adata = adata[adata.obs["treatment"].notna()].copy()
+    selected = preprocessing.select_task_cells(adata, load_study("tiny"))
+    table = preprocessing.class_table(selected)
+    assert list(table.columns) == ["0", "0.1", "0.5", "1", "5", "10", "50", "100", "all"]
+    assert table.loc["Untreated", "0"] == table.loc["Untreated", "all"] == (selected.obs["dose"] == 0).sum()
+    assert table.loc["all", "all"] == selected.n_obs
+    del selected.obs["dose"]
+    assert preprocessing.class_table(selected)["cells"].to_dict() == table["all"].to_dict()
+    selected.obs["dose"] = "low"
+    assert list(preprocessing.class_table(selected).columns) == ["cells"]
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    settings = load_study("tiny")
+    return settings, preprocessing.prepare_cells(settings)
+
+
+def test_prepared_cells_are_counts_with_class_split_and_provenance(prepared):
+    settings, adata = prepared
+    assert list(adata.obs["label"].cat.categories) == settings.classes
+    assert adata.obs["n_counts"].between(settings.min_counts, settings.max_counts).all()
+    np.testing.assert_array_equal(adata.obs["n_counts"], adata.X.sum(axis=1).A1)
+    assert set(adata.obs["split"]) == {"train", "validation", "test"}
+    provenance = json.loads(adata.uns["provenance"])
+    assert provenance["n_cells"] == adata.n_obs
+    assert provenance["simulated"] is True
+    assert provenance["fingerprint"] == preprocessing.cells_fingerprint(settings)
+
+
+def test_cells_that_are_there_are_read_and_not_made_again(prepared, monkeypatch):
+    settings, made = prepared
+    monkeypatch.setattr(preprocessing.catalog, "load_cells", lambda _: pytest.fail("made again"))
+    read = preprocessing.prepare_cells(settings)
+    assert read.obs["split"].equals(made.obs["split"])
+    assert read.obs["label"].equals(made.obs["label"])
+    assert (read.X != made.X).nnz == 0
+
+
+def test_cells_of_other_parameters_are_made_again_and_files_are_whole(prepared, tmp_path):
+    settings, made = prepared
+    other = preprocessing.prepare_cells(load_study("tiny", min_counts=1000))
+    assert other.n_obs < made.n_obs
+    assert ad.read_h5ad(paths.cells_path(settings)).n_obs == other.n_obs
+    assert [file.name for file in (tmp_path / "tiny" / "drug_5class").iterdir()] == ["cells.h5ad"]
+
+
+def test_keys_of_training_do_not_touch_the_cells(prepared):
+    settings, _ = prepared
+    fingerprints = {
+        preprocessing.cells_fingerprint(load_study("tiny", **change))
+        for change in ({}, {"seed": 5}, {"strategy": "lora"}, {"learning_rate": 1e-2}, {"vocabulary": "fit"})
+    }
+    assert fingerprints == {preprocessing.cells_fingerprint(settings)}
+    assert preprocessing.cells_fingerprint(load_study("tiny", split_seed=1)) not in fingerprints
+
+
+def test_the_split_does_not_depend_on_the_training_seed(prepared):
+    _, made = prepared
+    again = preprocessing.prepare_cells(load_study("tiny", seed=7, strategy="linear_probe"))
+    assert again.obs["split"].equals(made.obs["split"])
