@@ -1,0 +1,202 @@
+"""The page: what was asked, the answer, the figures and every executed notebook, all offline.
+
+In: ``results/``, ``figures/`` and the executed notebooks below ``runs/``. Out: ``site/index.html`` and what it links
+to.
+"""
+
+import argparse
+import shutil
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import nbformat
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from nbconvert import HTMLExporter
+from pygments.formatters import HtmlFormatter
+
+import tuneformer
+from tuneformer.evaluate import statistics
+from tuneformer.report import records
+from tuneformer.study import paths
+from tuneformer.study.params import ParameterError, load_study
+
+CAPTIONS = {
+    "fig1": "Accuracy and macro-F1 on the test cells, per strategy and task. Small points are seeds, diamonds their "
+    "mean, lines the 95 % interval of the mean; the dotted line is the mean without pre-training.",
+    "fig2": "What became of the test cells of each class, in {}: a row sums to 1, the cells of all seeds added up. "
+    "The diagonal is the recall of a class.",
+    "fig3": "What a strategy costs against what it scores. Up and to the left is better.",
+}
+PIXELS = 1.75  # of a figure file per pixel of the page
+STRATEGIES = {
+    "full": "Everything learns from the first step.",
+    "linear_probe": "Only the new head learns; the pre-trained model is a fixed feature extractor.",
+    "selective": "The first layers stay as they were pre-trained, the others learn (Geneformer's freeze_layers).",
+    "lp_ft": "First only the head, then everything (linear probing, then fine-tuning).",
+    "gradual_last_to_first": "First the head, then one layer more at a time, from the last to the first.",
+    "gradual_first_to_last": "First the head, then one layer more at a time, from the first to the last.",
+    "layerwise_lr_decay": "Everything learns, and lower layers learn more slowly.",
+    "lora": "The pre-trained weights stay; small low-rank updates of the attention and the head learn.",
+    "random_init": "Control: the same model without pre-training, everything learns.",
+}
+
+
+class Link(NamedTuple):
+    """Text and address of a link."""
+
+    name: str
+    href: str
+
+
+def build(study: str) -> Path:
+    """Write the page of a study, with a section for every other study that has results.
+
+    Parameters
+    ----------
+    study
+        The study that heads the page: name of a file in ``params/``, without ``.yaml``.
+
+    Returns
+    -------
+    ``site/index.html``. The whole folder ``site`` is replaced.
+
+    Raises
+    ------
+    RecordError
+        The study has no results, some results belong to no study, or a notebook below ``runs/`` cannot be read.
+    ParameterError
+        A study with results cannot be used.
+    """
+    records.read_metrics(study)
+    known = sorted(path.parent.name for path in paths.RESULTS.glob("*/metrics.csv"))
+    for name in known:
+        if not (paths.PARAMS / f"{name}.yaml").is_file():
+            msg = f"results/{name} belongs to no study: restore params/{name}.yaml, or delete results/{name}."
+            raise records.RecordError(msg)
+    pages = Environment(
+        loader=FileSystemLoader(paths.ASSETS / "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    with paths.atomic_path(paths.SITE) as site:
+        site.mkdir()
+        convert = _Converter(pages)
+        first, *others = [_section(site, name, convert) for name in [study, *(name for name in known if name != study)]]
+        index = pages.get_template("index.html.j2")
+        text = index.render(
+            first=first, others=others, strategies=list(STRATEGIES.items()), version=tuneformer.__version__
+        )
+        (site / "index.html").write_text(text, encoding="utf-8")
+        style = (paths.ASSETS / "page" / "style.css").read_text(encoding="utf-8")
+        colors = HtmlFormatter(style="default", nobackground=True).get_style_defs(".highlight")
+        (site / "style.css").write_text(f"{style}\n{colors}\n", encoding="utf-8")
+    return paths.SITE / "index.html"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page of a study; end with 2 and one sentence when that cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m tuneformer.report.html", description=main.__doc__)
+    parser.add_argument("study", help="name of a file in params/, without .yaml")
+    try:
+        print(build(parser.parse_args(arguments).study))
+    except (records.RecordError, ParameterError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Converter:
+    """Turns executed notebooks into pages; one exporter serves all, as starting it costs more than a page."""
+
+    def __init__(self, pages: Environment) -> None:
+        self.page = pages.get_template("notebook.html.j2")
+        self.exporter = HTMLExporter(
+            template_name="basic",
+            mathjax_url="",
+            require_js_url="",
+            exclude_anchor_links=True,
+            exclude_input_prompt=True,
+            exclude_output_prompt=True,
+        )
+
+    def write(self, notebook: Path, target: Path, *, name: str, root: str, simulated: bool) -> None:
+        """Write `notebook` as the page `target`; `root` leads from it to the folder of the site."""
+        try:
+            content = nbformat.read(notebook, as_version=4)
+        except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+            msg = f"{notebook} is not a readable notebook; delete it and run `make report` again."
+            raise records.RecordError(msg) from error
+        body, _ = self.exporter.from_notebook_node(content)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(self.page.render(body=body, name=name, root=root, simulated=simulated), encoding="utf-8")
+
+
+def _section(site: Path, study: str, convert: _Converter) -> dict[str, Any]:
+    """Copy a study's files into the site and return what the template shows of it."""
+    settings, metrics = load_study(study), records.read_metrics(study)
+    table = statistics.answer_table(metrics)
+    shown = statistics.readable(table)
+    tables = [(task, rows.drop(columns="Task").to_numpy().tolist()) for task, rows in shown.groupby("Task", sort=False)]
+    judged = statistics.verdicts(metrics)
+    links = _notebook_links(site, study, convert, simulated=settings.simulated)
+    folder = site / "results" / study
+    folder.mkdir(parents=True)
+    shutil.copyfile(paths.results_dir(study) / "metrics.csv", folder / "metrics.csv")
+    runs, failed = int(table["runs"].sum()), int(table["failed"].sum())
+    return {
+        "name": study,
+        "question": settings.question,
+        "simulated": settings.simulated,
+        "demo_checkpoint": settings.checkpoint == "demo",
+        "headline": statistics.headline(judged),
+        "answers": list(statistics.sentences(judged).items()),
+        "figures": _figures(site, study),
+        "columns": [column for column in shown.columns if column != "Task"],
+        "tables": tables,
+        "finished": f"{runs} runs, {failed} of them failed." if failed else f"{runs} runs, none failed.",
+        "metrics": f"results/{study}/metrics.csv",
+        **links,
+    }
+
+
+def _figures(site: Path, study: str) -> list[dict[str, str]]:
+    source, target = paths.figures_dir(study), site / "figures" / study
+    if source.is_dir():
+        shutil.copytree(source, target)
+    figures = []
+    for file in sorted(target.glob("*.png")):
+        number, *rest = file.stem.split("_")
+        address = f"figures/{study}/{quote(file.stem)}"
+        caption = CAPTIONS.get(number, file.stem).format("_".join(rest).removeprefix("confusion_"))
+        files = {kind: f"{address}.{kind}" for kind in ("png", "pdf", "csv")}
+        width = int.from_bytes(file.read_bytes()[16:20], "big")  # where the PNG format keeps it
+        figures.append({"caption": caption, "width": round(width / PIXELS), **files})
+    return figures
+
+
+def _notebook_links(site: Path, study: str, convert: _Converter, *, simulated: bool) -> dict[str, Any]:
+    """Convert the executed notebooks of a study; steps are listed, runs are sorted by task, strategy and seed."""
+    steps, runs = [], []
+    for notebook in sorted((paths.RUNS / study).rglob("*.ipynb")):
+        inside = notebook.relative_to(paths.RUNS / study)
+        target = site / "notebooks" / study / inside.with_suffix(".html")
+        *folders, _ = inside.parts
+        name = " / ".join([*folders, notebook.stem])
+        root = "../" * (2 + len(folders))
+        convert.write(notebook, target, name=f"{study} / {name}", root=root, simulated=simulated)
+        address = quote(str(target.relative_to(site)))
+        if len(folders) == 4:  # task, train set, strategy, seed: see paths.run_dir
+            group, strategy, seed = " / ".join(folders[:2]), folders[2], folders[3]
+            runs.append((group, strategy, Link(seed, address)))
+        else:
+            steps.append(Link(name, address))
+    grouped = [
+        (group, [(strategy, [run[2] for run in part]) for strategy, part in groupby(rows, key=lambda run: run[1])])
+        for group, rows in groupby(runs, key=lambda run: run[0])
+    ]
+    return {"steps": steps, "runs": grouped}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

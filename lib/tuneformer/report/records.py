@@ -1,0 +1,221 @@
+"""Records of runs, and the results of a study collected from them.
+
+In: the outcome and the scores of a run. Out: ``record.json`` in the run's folder, written last, so that it alone proves
+a finished run; and per study ``results/<study>/metrics.csv`` with the records beside it.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from tuneformer.study import grid, paths
+from tuneformer.study.params import ParameterError, Study
+from tuneformer.study.run import finished_record
+
+if TYPE_CHECKING:
+    from tuneformer.finetune.training import Outcome
+
+COLUMNS = (
+    "study",
+    "dataset",
+    "task",
+    "train_set",
+    "strategy",
+    "seed",
+    "fold",
+    "metric",
+    "value",
+    "n_train",
+    "n_test",
+    "fingerprint",
+)
+PACKAGES = ("tuneformer", "torch", "transformers", "peft", "anndata", "datasets", "numpy", "pandas", "scikit-learn")
+
+
+class RecordError(ValueError):
+    """A record or a table of results that is missing or cannot be used; the message says what to do."""
+
+
+def write_record(settings: Study, outcome: "Outcome", scores: pd.DataFrame) -> Path:
+    """Write the record of a run, which declares the run finished.
+
+    Parameters
+    ----------
+    settings
+        The run.
+    outcome
+        What training left, from `tuneformer.finetune.training.finetune`.
+    scores
+        Columns metric and value, from `tuneformer.evaluate.metrics.score_run`; empty for a run that failed.
+
+    Returns
+    -------
+    ``record.json`` in the run's folder. Missing numbers are null there.
+
+    Raises
+    ------
+    RecordError
+        A run with status ok that has no scores, or a failed one that has some.
+    """
+    is_ok = outcome.status == "ok"
+    if is_ok == scores.empty:
+        need = "needs scores" if is_ok else "cannot have scores"
+        msg = f"The run {grid.describe(settings)} has status {outcome.status}, so its record {need}."
+        raise RecordError(msg)
+    record = {
+        "study": settings.study,
+        "run": grid.describe(settings),
+        "dataset": settings.dataset,
+        "simulated": settings.simulated,
+        "task": settings.task,
+        "train_set": settings.train_set,
+        "strategy": settings.strategy,
+        "seed": settings.seed,
+        "fold": None,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "fingerprint": outcome.fingerprint,
+        "n_train": outcome.n_train,
+        "n_validation": outcome.n_validation,
+        "n_test": outcome.n_test,
+        "best_epoch": outcome.best_epoch,
+        "metrics": dict(zip(scores["metric"], scores["value"], strict=True)),
+        "cost": outcome.cost,
+        "history": outcome.history.to_dict(orient="records"),
+        "parameters": settings.model_dump(),
+        "versions": _versions(),
+        "git": _git_state(),
+    }
+    target = paths.run_dir(settings) / "record.json"
+    paths.write_text(target, json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
+    return target
+
+
+def read_records(study: str) -> list[dict[str, Any]]:
+    """Read the records of the runs of a study's grid, in the order of the grid.
+
+    Left out: runs that have no record, and records of other parameters, data or weights than the study has now.
+
+    Raises
+    ------
+    ParameterError
+        The study cannot be used.
+    """
+    found = [finished_record(settings) for settings in grid.runs(study)]
+    return [record for record in found if record is not None]
+
+
+def rows_of(record: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the rows that one record gives ``metrics.csv``: scores, then cost, or ``status:<status>`` if it failed."""
+    values = dict(record["metrics"])
+    if record["status"] != "ok":
+        values[f"status:{record['status']}"] = 1.0
+    values |= {f"cost:{key}": value for key, value in record["cost"].items() if not isinstance(value, str)}
+    rows = pd.DataFrame({"metric": list(values), "value": pd.array(list(values.values()), dtype="Float64")})
+    return rows.assign(**{key: record[key] for key in COLUMNS if key not in ("metric", "value")})[list(COLUMNS)]
+
+
+def collect(study: str) -> pd.DataFrame:
+    """Collect the finished runs of a study's grid into ``results/<study>``.
+
+    Returns
+    -------
+    The rows of ``results/<study>/metrics.csv``. The records are copied to ``results/<study>/records``.
+
+    Raises
+    ------
+    RecordError
+        No run has finished.
+    ParameterError
+        The study cannot be used.
+    """
+    records = read_records(study)
+    if not records:
+        msg = (
+            f"Study {study} has no finished run in {paths.shown(paths.RUNS / study)}; run `make report STUDY={study}`."
+        )
+        raise RecordError(msg)
+    text = pd.concat([rows_of(record) for record in records]).to_csv(index=False, lineterminator="\n")
+    folder = paths.results_dir(study)
+    with paths.atomic_path(folder / "records") as partial:
+        partial.mkdir()
+        for record in records:
+            name = "__".join([record["task"], record["train_set"], record["strategy"], f"seed{record['seed']}"])
+            (partial / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    paths.write_text(folder / "metrics.csv", text)
+    return read_metrics(study)
+
+
+def read_metrics(study: str) -> pd.DataFrame:
+    """Read ``results/<study>/metrics.csv``.
+
+    Raises
+    ------
+    RecordError
+        The file is missing, empty, or has other columns.
+    """
+    path = paths.results_dir(study) / "metrics.csv"
+    if not path.is_file():
+        msg = f"{paths.shown(path)} does not exist; run `make report STUDY={study}`, which collects the runs into it."
+        raise RecordError(msg)
+    metrics = pd.read_csv(path, dtype={"fingerprint": str, "value": float, "fold": float}, float_precision="round_trip")
+    if tuple(metrics.columns) != COLUMNS or metrics.empty:
+        needed = f"at least one row, and the columns {', '.join(COLUMNS)}"
+        msg = f"{paths.shown(path)} needs {needed}; delete it and run `make report STUDY={study}`."
+        raise RecordError(msg)
+    return metrics
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Collect the finished runs of a study; end with 2 and one sentence when that cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m tuneformer.report.records", description=main.__doc__)
+    parser.add_argument("study", help="name of a file in params/, without .yaml")
+    study = parser.parse_args(arguments).study
+    try:
+        metrics = collect(study)
+        asked = len(grid.runs(study))
+    except (RecordError, ParameterError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    runs, failed = metrics["fingerprint"], metrics["metric"].str.startswith("status:")
+    print(f"results/{study}/metrics.csv: {runs.nunique()} of {asked} runs, {runs[failed].nunique()} of them failed")
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy numbers into plain ones and NaN into None, which JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _git_state() -> dict[str, Any]:
+    """Return the commit and whether files differ from it; None for both outside a git checkout."""
+    command = ["git", "-C", str(paths.ROOT)]
+    try:
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

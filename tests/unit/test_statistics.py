@@ -1,0 +1,190 @@
+"""Intervals, paired differences and the answer: checked by hand, by scipy and by simulation."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from tuneformer.evaluate import statistics
+
+BASE = np.array([0.5, 0.6, 0.7])
+CLEAR = np.array([0.10, 0.11, 0.12])  # differences whose 95 % interval lies above zero
+UNCLEAR = np.array([0.1, -0.1, 0.01])  # differences whose interval includes zero
+
+
+def table_of(scores, *, task="drugs", costs=None):
+    """Rows of metrics.csv for {strategy: scores of seeds 0, 1, ...}; None is a failed run."""
+    rows = []
+    for strategy, values in scores.items():
+        for seed, value in enumerate(values):
+            run = {
+                "study": "s",
+                "dataset": "demo",
+                "task": task,
+                "train_set": "single_cell",
+                "strategy": strategy,
+                "seed": seed,
+                "fold": np.nan,
+                "n_train": 10,
+                "n_test": 10,
+                "fingerprint": f"{task}{strategy}{seed}",
+            }
+            if value is None:
+                rows.append(run | {"metric": "status:failed", "value": 1.0})
+                continue
+            rows += [run | {"metric": metric, "value": value} for metric in ("accuracy", "macro_f1")]
+            rows += [run | {"metric": f"cost:{key}", "value": cost} for key, cost in (costs or {}).items()]
+    return pd.DataFrame(rows)
+
+
+def scores_of(metrics):
+    return metrics[metrics["metric"] == "macro_f1"]
+
+
+def test_interval_is_the_one_of_scipy():
+    values = [0.61, 0.64, 0.58, 0.66]
+    found = statistics.interval([*values, np.nan])
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert (found.mean, found.sd, found.n) == pytest.approx((np.mean(values), np.std(values, ddof=1), 4))
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(0.6, 0.02, size=(2000, 3))
+    hits = [found.low <= 0.6 <= found.high for found in map(statistics.interval, draws)]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.015)  # 3 standard errors of a share over 2,000 draws
+
+
+def test_one_seed_says_nothing_about_the_spread():
+    found = statistics.interval([0.5])
+    assert (found.mean, found.n) == (0.5, 1)
+    assert np.isnan([found.sd, found.low, found.high]).all()
+
+
+def test_interval_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one value"):
+        statistics.interval([np.nan])
+
+
+def test_pairs_remove_what_the_seeds_have_in_common():
+    """A difference that is constant within seeds is found exactly, however much the seeds differ."""
+    rows = scores_of(table_of({"full": BASE + 0.01, "random_init": BASE}))
+    found = statistics.paired_difference(rows, "full", "random_init")
+    assert (found.mean, found.low, found.high, found.n) == pytest.approx((0.01, 0.01, 0.01, 3))
+    assert statistics.paired_difference(rows, "random_init", "full").mean == pytest.approx(-0.01)
+
+
+def test_paired_difference_is_the_paired_t_test_of_scipy():
+    a, b = [0.5, 0.7, 0.6, 0.9], [0.4, 0.7, 0.3, 0.6]
+    found = statistics.paired_difference(scores_of(table_of({"lora": a, "full": b})), "lora", "full")
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_only_seeds_that_both_have_are_paired():
+    rows = scores_of(table_of({"full": [0.5, None, 0.7], "lora": [0.4, 0.9, 0.5]}))
+    found = statistics.paired_difference(rows, "full", "lora")
+    assert (found.mean, found.n) == (pytest.approx(0.15), 2)
+
+
+def test_what_cannot_be_paired_is_refused():
+    rows = scores_of(table_of({"full": [0.5, None], "lora": [None, 0.4]}))
+    with pytest.raises(ValueError, match="no seed in common"):
+        statistics.paired_difference(rows, "full", "lora")
+    with pytest.raises(ValueError, match="selective has no scores here; strategies with scores: full, lora"):
+        statistics.paired_difference(rows, "full", "selective")
+    with pytest.raises(ValueError, match="full has several scores for seed 0"):
+        statistics.paired_difference(pd.concat([rows, rows]), "full", "lora")
+
+
+def test_answer_table_ranks_within_each_task_and_counts_failures():
+    costs = {"wall_seconds": 4.0, "trainable_parameters": 1000}
+    first = table_of({"random_init": [0.5, 0.5], "full": [0.8, 0.6], "lora": [0.9, None]}, costs=costs)
+    second = table_of({"random_init": [0.4, 0.4], "full": [0.3, 0.3]}, task="doses", costs=costs)
+    table = statistics.answer_table(pd.concat([first, second]))
+    assert table["task"].tolist() == ["drugs"] * 3 + ["doses"] * 2
+    assert table["strategy"].tolist() == ["lora", "full", "random_init", "random_init", "full"]
+    lora = table.iloc[0]
+    assert (lora.runs, lora.failed, lora.macro_f1, lora.gain) == (2, 1, 0.9, pytest.approx(0.4))
+    assert np.isnan([lora.low, lora.gain_low]).all()
+    full = table.iloc[1]
+    assert (full.gain, full.seconds, full.parameters) == (pytest.approx(0.2), 4.0, 1000)
+    assert table.loc[table["strategy"] == "random_init", "gain"].isna().all()
+
+
+def test_a_task_in_which_every_run_failed_stays_in_the_table():
+    table = statistics.answer_table(table_of({"full": [None, None]}))
+    assert (table["runs"].item(), table["failed"].item()) == (2, 2)
+    assert np.isnan(table["macro_f1"].item())
+    assert statistics.readable(table)["Runs"].item() == "0 of 2"
+    judged = statistics.verdicts(table_of({"full": [None, None]}))
+    assert statistics.sentences(judged) == {}
+    assert statistics.headline(judged) == "No run has finished with a score."
+
+
+def test_a_lead_is_clear_only_when_the_paired_interval_excludes_zero():
+    clear = statistics.verdicts(table_of({"full": BASE + CLEAR, "lora": BASE, "random_init": BASE - 0.2}))
+    assert "It leads lora: +0.110" in statistics.sentences(clear)["drugs"]
+    assert statistics.headline(clear) == "One strategy is clearly ahead. Pre-training clearly pays."
+    unclear = statistics.verdicts(table_of({"full": BASE + UNCLEAR, "lora": BASE, "random_init": BASE - UNCLEAR}))
+    assert "It has no clear lead over lora" in statistics.sentences(unclear)["drugs"]
+    assert statistics.headline(unclear) == "No strategy is clearly ahead. It is not clear that pre-training pays."
+
+
+def test_a_control_that_wins_is_said_to_win():
+    judged = statistics.verdicts(table_of({"full": BASE, "random_init": BASE + CLEAR}))
+    sentence = statistics.sentences(judged)["drugs"]
+    assert sentence.startswith("random_init has the highest mean macro-F1 over 3 seeds")
+    assert "Pre-training hurts: full against random_init, the same model without it, -0.110" in sentence
+
+
+def test_without_the_control_nothing_is_said_about_pre_training():
+    metrics = table_of({"full": [0.5, 0.6], "lora": [0.4, 0.5]})
+    assert "re-training" not in statistics.sentences(statistics.verdicts(metrics))["drugs"]
+    assert not any("Gain" in column for column in statistics.readable(statistics.answer_table(metrics)))
+
+
+def test_headline_counts_tasks():
+    first = table_of({"full": BASE + CLEAR, "random_init": BASE})
+    second = table_of({"full": BASE, "random_init": BASE + UNCLEAR}, task="doses")
+    judged = statistics.verdicts(pd.concat([first, second]))
+    expected = "One strategy is clearly ahead in 1 of 2 tasks. Pre-training clearly pays in 1 of 2 tasks."
+    assert statistics.headline(judged) == expected
+
+
+def test_arms_name_the_train_set_only_where_there_are_several():
+    metrics = table_of({"full": [0.5]})
+    assert statistics.with_arms(metrics)["arm"].unique().tolist() == ["full"]
+    both = pd.concat([metrics, metrics.assign(train_set="mixture")])
+    assert statistics.with_arms(both)["arm"].unique().tolist() == ["single_cell, full", "mixture, full"]
+    assert "Train set" in statistics.readable(statistics.answer_table(both.assign(fingerprint=range(len(both)))))
+
+
+def test_accuracy_gap_finds_a_table_that_contradicts_itself():
+    run = table_of({"full": [0.75]})
+    cells = {
+        "recall:a": 0.5,
+        "recall:b": 1.0,
+        "confusion:a:a": 1,
+        "confusion:a:b": 1,
+        "confusion:b:a": 0,
+        "confusion:b:b": 2,
+    }
+    rows = pd.concat([run.head(1).assign(metric=metric, value=float(value)) for metric, value in cells.items()])
+    assert statistics.accuracy_gap(pd.concat([run, rows])) == 0
+    run.loc[run["metric"] == "accuracy", "value"] = 0.8
+    assert statistics.accuracy_gap(pd.concat([run, rows])) == pytest.approx(0.05)
+
+
+def test_only_a_mean_beyond_the_tolerance_is_off_its_reference():
+    metrics = pd.DataFrame(
+        {
+            "strategy": ["full", "full", "lora", "selective"],
+            "metric": ["macro_f1", "macro_f1", "macro_f1", "macro_f1"],
+            "value": [0.60, 0.64, 0.30, 0.10],
+        }
+    )
+    expected = {"full": 0.60, "lora": 0.35, "lp_ft": 0.9}
+    assert statistics.off_reference(metrics, expected, 0.03) == {"lora": 0.30}
+    assert statistics.off_reference(metrics, expected, 0.06) == {}
+    assert statistics.off_reference(metrics, {}, 0.0) == {}
