@@ -35,8 +35,8 @@ FIRST_STEPS = 10  # ... after the first steps, each of which is a point, so that
 class Corpus:
     """Tokens of the simulated corpus.
 
-    ``train`` and ``held_out`` are (cells, tokens) int64, padded with the pad token; `vocabulary` was fitted on the cells
-    of ``train``.
+    ``train`` and ``held_out`` are (cells, tokens) int64, padded with the pad token; `vocabulary` was fitted on the
+    cells of ``train``.
     """
 
     train: torch.Tensor
@@ -84,7 +84,7 @@ class MaskedTokenCollator:
 
 
 class _MaskedTokenTrainer(Trainer):
-    """HF Trainer that computes the vocabulary-wide output only where a token is to be predicted (same loss, less work)."""
+    """HF Trainer that computes the output over the vocabulary only where a token is predicted: same loss, less work."""
 
     def compute_loss(
         self, model: BertForMaskedLM, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
@@ -136,8 +136,8 @@ def context_free_losses(corpus: Corpus) -> dict[str, float]:
 
     Returns
     -------
-    ``uniform``: every gene alike; ``frequency``: how often a gene is a token in the training cells; ``frequency_by_rank``:
-    how often it stands at that rank. A model below the smallest of them has learnt from the context.
+    ``uniform``: every gene alike; ``frequency``: how often a gene is a token in the training cells;
+    ``frequency_by_rank``: how often it stands at that rank. A model below the smallest of them has learnt from context.
     """
     size = len(corpus.vocabulary.genes)
     pad = corpus.vocabulary.specials["<pad>"]
@@ -198,10 +198,10 @@ def pretrain(settings: Study, corpus: Corpus, *, folder: Path, stop_after: int |
 
     Notes
     -----
-    Geneformer's architecture (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9): BERT with ReLU, dropout 0.02, rank
-    as position, 15 % masked tokens, AdamW with a linear schedule. Only the sizes differ.
+    Geneformer's architecture (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9): BERT with ReLU, dropout 0.02,
+    rank as position, 15 % masked tokens, AdamW with a linear schedule. Only the sizes differ.
     """
-    folder = folder / fingerprint(settings.section(PretrainingParams), corpus.vocabulary.hash)  # never another run's state
+    folder = folder / fingerprint(settings.section(PretrainingParams), corpus.vocabulary.hash)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     transformers.set_seed(settings.pretrain_seed)
@@ -260,7 +260,8 @@ def pretrain(settings: Study, corpus: Corpus, *, folder: Path, stop_after: int |
 
 def output_folder(settings: Study) -> Path:
     """Return where the checkpoint of a study is written: ``pretrain_output``, or ``runs/<study>/pretrained``."""
-    return paths.ROOT / settings.pretrain_output if settings.pretrain_output else paths.RUNS / settings.study / "pretrained"
+    own = paths.RUNS / settings.study / "pretrained"
+    return paths.ROOT / settings.pretrain_output if settings.pretrain_output else own
 
 
 def save_checkpoint(result: Pretraining, settings: Study, *, folder: Path) -> None:
