@@ -79,7 +79,7 @@ def test_an_interrupted_pre_training_goes_on(settings, corpus, tmp_path):
 
 
 def test_the_shipped_checkpoint_is_small_and_says_how_it_was_made():
-    files = [file for file in SHIPPED.iterdir()]
+    files = list(SHIPPED.iterdir())
     assert sum(file.stat().st_size for file in files) < 6_000_000
     assert {file.name for file in files} == {
         "config.json",

@@ -64,7 +64,9 @@ def test_what_changes_the_result_changes_the_fingerprint_of_a_run(checkpoint):
 
 def test_what_does_not_change_the_result_does_not_change_it(checkpoint):
     settings = load_study("tiny")
-    other = settings.model_copy(update={"threads": 1, "question": "?", "seeds": [5], "expected_macro_f1": {"full": 0.5}})
+    other = settings.model_copy(
+        update={"threads": 1, "question": "?", "seeds": [5], "expected_macro_f1": {"full": 0.5}}
+    )
     assert run.training_fingerprint(settings, "tokens") == run.training_fingerprint(other, "tokens")
 
 

@@ -141,7 +141,7 @@ def _read_config(folder: Path) -> BertConfig:
 
 
 def _copy_weights(model: CellClassifier, folder: Path, vocabulary: Vocabulary, rows: int) -> None:
-    """Copy embeddings and encoder from the checkpoint into `model`; `rows` is the size of the checkpoint's embedding."""
+    """Copy embeddings and encoder from the checkpoint, whose embedding has `rows` rows, into `model`."""
     path = folder / "model.safetensors"
     try:
         stored = load_file(path)

@@ -53,8 +53,8 @@ def trains_in_bf16(settings: Study) -> bool:
 def prepare(settings: Study) -> None:
     """Set the CPU threads of this process and make its allocator keep freed memory; on a GPU, begin to count its peak.
 
-    By default glibc hands every large block back to the system and asks for it again in the next step, whose page
-    faults took two thirds of the time of a training step on the CPU.
+    By default glibc hands every large block back to the system and asks for it again in the next step, which costs
+    page faults all through the training on a CPU.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -64,7 +64,7 @@ def prepare(settings: Study) -> None:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return ``peak_memory_mb`` of this process since it began and, on a GPU, ``peak_gpu_memory_mb`` since `prepare`."""
+    """Return ``peak_memory_mb`` of the whole process and, on a GPU, ``peak_gpu_memory_mb`` since `prepare`."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB on Linux
     peaks = {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6}
     if device.type == "cuda":

@@ -269,8 +269,7 @@ def save_checkpoint(result: Pretraining, settings: Study, *, folder: Path) -> No
     made_by = {
         "simulated": True,
         "command": (
-            "papermill notebooks/00_pretrain.ipynb runs/00_pretrain.ipynb --cwd notebooks "
-            f"-p study {settings.study}"
+            f"papermill notebooks/00_pretrain.ipynb runs/00_pretrain.ipynb --cwd notebooks -p study {settings.study}"
         ),
         "parameters": settings.section(PretrainingParams),
         "references": result.references,

@@ -40,14 +40,17 @@ class Plan:
 def prepare(settings: Study, model: CellClassifier) -> Plan:
     """Make a classifier ready for the strategy of a run, and return the plan.
 
-    ``full``, ``random_init``: everything learns. ``linear_probe``: only the new head (pooler and classifier).
-    ``selective``: everything but the first ``freeze_layers`` encoder layers, as the official ``freeze_layers`` does, and
-    but the embeddings with ``freeze_embeddings``. ``lp_ft``: the head alone for ``head_share`` of the epochs, then
-    everything (Kumar et al. 2022, arXiv:2202.10054). ``gradual_last_to_first``: the head, then one block more at a time
-    from the last layer down to the embeddings, evenly over the epochs (Howard & Ruder 2018, arXiv:1801.06146);
-    ``gradual_first_to_last``: the same from the embeddings up. ``layerwise_lr_decay``: everything, each layer at
-    ``layer_decay`` times the learning rate of the one above it. ``lora``: the head, and low-rank updates of the query
-    and value matrices of all layers, which are added to the model here (Hu et al. 2021, arXiv:2106.09685).
+    - ``full``, ``random_init``: everything learns.
+    - ``linear_probe``: only the new head (pooler and classifier).
+    - ``selective``: everything but the first ``freeze_layers`` encoder layers, as the official ``freeze_layers`` does;
+      with ``freeze_embeddings`` not the embeddings either.
+    - ``lp_ft``: the head for ``head_share`` of the epochs, then everything (Kumar et al. 2022, arXiv:2202.10054).
+    - ``gradual_last_to_first``: the head, then one block more at a time from the last layer down to the embeddings,
+      evenly over the epochs (Howard & Ruder 2018, arXiv:1801.06146).
+    - ``gradual_first_to_last``: the same from the embeddings up.
+    - ``layerwise_lr_decay``: everything, each layer at ``layer_decay`` times the learning rate of the one above it.
+    - ``lora``: the head, and low-rank updates of the query and value matrices of all layers, which are added to the
+      model here (Hu et al. 2021, arXiv:2106.09685).
 
     Stages begin with an epoch where there are enough epochs, else within one.
 
@@ -72,7 +75,9 @@ def prepare(settings: Study, model: CellClassifier) -> Plan:
         case "selective":
             layers = body[1:]
             if settings.freeze_layers > len(layers):
-                msg = f"freeze_layers: {settings.freeze_layers} layers, but the checkpoint has {len(layers)}; set fewer."
+                msg = (
+                    f"freeze_layers: {settings.freeze_layers} layers, but the checkpoint has {len(layers)}; set fewer."
+                )
                 raise ParameterError(msg)
             starts |= dict.fromkeys(layers[: settings.freeze_layers], NEVER)
             starts |= {"embeddings": NEVER} if settings.freeze_embeddings else {}
@@ -153,8 +158,8 @@ def schedule_table(plan: Plan, *, epochs: int, model: CellClassifier) -> pd.Data
 def training_flops(model: CellClassifier, *, n_tokens: int, n_pairs: int, learning: Set[str]) -> float:
     """Estimate the floating-point operations of training steps (a multiplication and an addition count as two).
 
-    Per token and weight of an encoder layer: 2 forward, 2 for the gradient of the layer's input wherever something in or
-    below the layer learns, 2 for the gradient of a learning weight; attention scores and sums need 4 x width per pair of
+    Per token and weight of an encoder layer: 2 forward, 2 for the gradient of the layer's input wherever something in
+    or below the layer learns, 2 for the gradient of a learning weight. Attention scores and sums: 4 x width per pair of
     tokens forward, twice that backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1, where all weights learn).
     Embeddings are looked up, the head reads one position a cell, adapters are small: all three are left out.
 

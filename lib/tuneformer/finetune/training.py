@@ -49,8 +49,8 @@ class TrainingDataError(ValueError):
 class Outcome:
     """What a run left.
 
-    ``status``: ``ok``, ``failed`` or ``out-of-memory``, with the ``reason`` if it is not ``ok``. ``history``: one row an
-    epoch (epoch, train_loss, validation_loss in nats per cell, validation_accuracy, validation_macro_f1, seconds).
+    ``status``: ``ok``, ``failed`` or ``out-of-memory``, with the ``reason`` if it is not ``ok``. ``history``: one row
+    an epoch (epoch, train_loss, validation_loss in nats per cell, validation_accuracy, validation_macro_f1, seconds).
     ``best_epoch``: the epoch with the highest validation macro-F1, whose weights made the ``predictions``: one row a
     test cell (cell, label, ``probability:<class>``); empty for a run that failed. ``cost``: see `finetune`.
     """
@@ -114,13 +114,13 @@ def finetune(settings: Study, tokens: Tokens) -> Outcome:
         The checkpoint, the device or the strategy's parameters cannot be used.
     """
     current = training_fingerprint(settings, tokens.provenance["fingerprint"])
-    finished = read_outcome(settings)
-    if finished is not None and finished.fingerprint == current:
+    finished = read_outcome(settings, current)
+    if finished is not None:
         return finished
-    for name in ("record.json", "outcome.json"):  # they speak of predictions that are about to be replaced
-        (paths.run_dir(settings) / name).unlink(missing_ok=True)
     drawn = draw_cells(settings, tokens)
     cells = {split: _read_cells(tokens, rows) for split, rows in drawn.items()}
+    for name in ("record.json", "outcome.json", "predictions.parquet"):  # of another run, which this one replaces
+        (paths.run_dir(settings) / name).unlink(missing_ok=True)
     log, status, reason = _Log(), "ok", ""
     probabilities = np.empty((0, len(tokens.classes)))
     try:
@@ -170,13 +170,17 @@ def draw_cells(settings: Study, tokens: Tokens) -> dict[str, np.ndarray]:
     empty = counts.stack()[lambda n: n == 0]
     if len(empty):
         label, split = empty.index[0]
-        msg = f"Class {label!r} has no {split} cells; give it more cells, or leave it out of classes in the params file."
+        msg = (
+            f"Class {label!r} has no {split} cells; give it more cells, or leave it out of classes in the params file."
+        )
         raise TrainingDataError(msg)
     rows = {split: np.flatnonzero(table["split"] == split) for split in SPLITS}
     if settings.train_cells is None:
         return rows
     if settings.train_cells < len(tokens.classes):
-        msg = f"train_cells: {settings.train_cells} is less than one for each of {len(tokens.classes)} classes; set more."
+        msg = (
+            f"train_cells: {settings.train_cells} is less than one for each of {len(tokens.classes)} classes; set more."
+        )
         raise TrainingDataError(msg)
     n_validation = round(settings.train_cells * settings.validation_share / (1 - settings.validation_share))
     rng = np.random.default_rng(settings.seed)
@@ -196,24 +200,26 @@ def cells_table(tokens: Tokens, drawn: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def warmup_steps(settings: Study, total_steps: int) -> int:
-    """Return the steps of warm-up: as asked for, but at most a share ``warmup_cap`` of all steps unless that is null."""
+    """Return the steps of warm-up: as asked for, but at most the share ``warmup_cap`` of all (null: no limit)."""
     if settings.warmup_cap is None:
         return settings.warmup_steps
     return min(settings.warmup_steps, int(settings.warmup_cap * total_steps))
 
 
-def read_outcome(settings: Study) -> Outcome | None:
-    """Read the outcome of a run from its folder; None if the run never got to its end."""
-    folder = paths.run_dir(settings)
-    if not (folder / "outcome.json").is_file():
+def read_outcome(settings: Study, fingerprint: str) -> Outcome | None:
+    """Read the outcome of a run from its folder; None if a run with this fingerprint never got to its end there."""
+    content, predictions = paths.run_dir(settings) / "outcome.json", paths.run_dir(settings) / "predictions.parquet"
+    if not content.is_file() or not predictions.is_file():
         return None
-    stored = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+    stored = json.loads(content.read_text(encoding="utf-8"))
+    if stored["fingerprint"] != fingerprint:
+        return None
     stored["history"] = pd.DataFrame(stored["history"])
-    return Outcome(**stored, predictions=pd.read_parquet(folder / "predictions.parquet"))
+    return Outcome(**stored, predictions=pd.read_parquet(predictions))
 
 
 class ClassifierTrainer(Trainer):
-    """HF Trainer that follows a `Plan`, logs epochs, keeps the best weights in memory, and stops when a loss is not finite.
+    """HF Trainer that follows a `Plan`, keeps the best weights in memory, and stops when a loss is not finite.
 
     Parameters
     ----------
@@ -236,7 +242,9 @@ class ClassifierTrainer(Trainer):
         lengths = [len(cell["input_ids"]) for cell in self.train_dataset]
         return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=self.order)
 
-    def training_step(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """Train one batch with the groups that learn in this step."""
         learning = self.plan.learning(self.state.global_step, self.state.max_steps)
         if learning != self.learning:
@@ -399,7 +407,9 @@ def _cost(trainer: ClassifierTrainer, *, wall: float, cpu: float) -> dict[str, A
         "cells_per_second": n_cells * trainer.state.global_step / max(trainer.state.max_steps, 1) / wall,
         "optimizer_steps": trainer.state.global_step,
         "training_cells": len(trainer.train_dataset),
-        "trainable_parameters": sum(weight.numel() for weight in strategies.learning_parameters(model, trainer.plan).values()),
+        "trainable_parameters": sum(
+            weight.numel() for weight in strategies.learning_parameters(model, trainer.plan).values()
+        ),
         "total_parameters": sum(weight.numel() for weight in model.parameters()),
         "flops": sum(flops),
         "device": _device_name(device, bf16=trainer.args.bf16),

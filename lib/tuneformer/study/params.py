@@ -203,7 +203,7 @@ class Study(TrainingParams, PretrainingParams):
     seed: int
     """The seed of this run."""
     expected_macro_f1: dict[Strategy, float]
-    """Reference of the mean test macro-F1 of a strategy, which 05 and 06 check; a strategy without one is not checked."""
+    """Reference of the mean test macro-F1 of a strategy, which 05 and 06 check; one without a reference is free."""
     expected_tolerance: Annotated[float, Field(ge=0)]
     """Largest accepted distance to a reference: twice the seed-to-seed spread when it was recorded."""
 

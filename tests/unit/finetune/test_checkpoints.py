@@ -44,7 +44,9 @@ def test_embeddings_are_copied_by_gene_and_new_genes_start_anew(run_settings, to
     theirs = tokens.vocabulary.genes
     genes = pd.DataFrame({"ensembl_id": [theirs["ensembl_id"][4], "ENSG_NEW"], "median": 1.0})
     genes["token_id"] = pd.array([2, 99], dtype="int32")
-    vocabulary = Vocabulary(genes=genes[["ensembl_id", "token_id", "median"]], specials=tokens.vocabulary.specials, aliases={})
+    vocabulary = Vocabulary(
+        genes=genes[["ensembl_id", "token_id", "median"]], specials=tokens.vocabulary.specials, aliases={}
+    )
     torch.manual_seed(3)
     model = checkpoints.load_classifier(run_settings(), vocabulary, tokens.classes)
     stored = load_file(checkpoint / "model.safetensors")[checkpoints.GENES]
@@ -95,7 +97,9 @@ def test_weights_under_another_prefix_are_refused(run_settings, tokens, checkpoi
 
 def test_a_missing_layer_is_refused(run_settings, tokens, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
-    save_file({name: weight for name, weight in weights.items() if ".layer.1." not in name}, checkpoint / "model.safetensors")
+    save_file(
+        {name: weight for name, weight in weights.items() if ".layer.1." not in name}, checkpoint / "model.safetensors"
+    )
     with pytest.raises(checkpoints.CheckpointError, match=r"lacks 16 of the 37 .* bert\.encoder\.layer\.1\."):
         load(run_settings(), tokens)
 
@@ -118,7 +122,10 @@ def test_a_vocabulary_that_is_too_large_is_refused(run_settings, tokens, checkpo
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"model_type": "gpt2"}', "type 'gpt2', but Geneformer is a bert"), ("{", "cannot be read; set checkpoint to demo")],
+    [
+        ('{"model_type": "gpt2"}', "type 'gpt2', but Geneformer is a bert"),
+        ("{", "cannot be read; set checkpoint to demo"),
+    ],
 )
 def test_a_config_of_something_else_is_refused(run_settings, tokens, checkpoint, content, message):
     (checkpoint / "config.json").write_text(content)

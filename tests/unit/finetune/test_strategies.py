@@ -92,7 +92,7 @@ def test_lora_adds_updates_of_query_and_value_and_starts_where_the_model_was(pla
     torch.manual_seed(0)
     _, plain, _ = planned(strategy="full")
     torch.manual_seed(0)
-    settings, model, plan = planned(strategy="lora", lora_rank=4)
+    _, model, plan = planned(strategy="lora", lora_rank=4)
     assert learning_by_epoch(plan, 1) == [sorted([*HEAD, "lora"])]
     adapters = strategies.parameters_by_group(model)["lora"]
     hidden = model.config.hidden_size
@@ -108,7 +108,9 @@ def test_every_parameter_is_in_a_group_of_the_plan_once(planned):
         groups = strategies.parameters_by_group(model)
         assert set(groups) == set(plan.starts)
         assert sum(map(len, groups.values())) == len(list(model.parameters()))
-        optimized = [weight for group in strategies.optimizer_groups(settings, model, plan) for weight in group["params"]]
+        optimized = [
+            weight for group in strategies.optimizer_groups(settings, model, plan) for weight in group["params"]
+        ]
         expected = sum(len(groups[name]) for name, start in plan.starts.items() if start != strategies.NEVER)
         assert len(optimized) == len({id(weight) for weight in optimized}) == expected
 

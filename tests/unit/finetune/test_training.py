@@ -131,7 +131,9 @@ def test_accumulated_gradients_give_the_same_step(run_settings, tokens):
     settings = run_settings(epochs=1, warmup_steps=0)
     norms = {}
     for accumulate in (1, 4):
-        trainer = training.make_trainer(settings, tokens, cells_of(tokens, settings), training._Log(), accumulate=accumulate)
+        trainer = training.make_trainer(
+            settings, tokens, cells_of(tokens, settings), training._Log(), accumulate=accumulate
+        )
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -197,7 +199,7 @@ def test_another_error_is_no_outcome_and_an_interrupted_run_leaves_none(run_sett
             patch.setattr(training.ClassifierTrainer, "training_step", _raise(error))
             with pytest.raises(type(error)):
                 training.finetune(changed, tokens)
-        assert list(paths.run_dir(settings).glob("*.json")) == []
+        assert list(paths.run_dir(settings).iterdir()) == []
     assert training.finetune(changed, tokens).status == "ok"
     assert list(paths.run_dir(settings).glob("checkpoint-*")) == []
 
@@ -220,6 +222,13 @@ def test_same_fingerprint_is_loaded_and_another_is_trained(run_settings, tokens,
     assert json.loads((paths.run_dir(settings) / "outcome.json").read_text())["fingerprint"] == trained.fingerprint
     with pytest.raises(AssertionError, match="trained again"):
         training.finetune(run_settings(learning_rate=2e-3), tokens)
+
+
+def test_an_outcome_without_its_predictions_is_trained_again(run_settings, tokens):
+    settings = run_settings()
+    training.finetune(settings, tokens)
+    (paths.run_dir(settings) / "predictions.parquet").unlink()
+    assert len(training.finetune(settings, tokens).predictions) == 12
 
 
 @pytest.mark.parametrize(
