@@ -69,7 +69,7 @@ rule page:
     params:
         study=STUDY,
     shell:
-        "{PYTHON} -m tuneformer.report.html {params.study:q}"
+        "{PYTHON} -m tuneformer.report.readme {params.study:q} && {PYTHON} -m tuneformer.report.html {params.study:q}"
 
 
 rule qc:

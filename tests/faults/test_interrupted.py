@@ -112,7 +112,7 @@ def test_a_training_that_failed_is_a_result_and_the_batch_goes_on(quick_reposito
 def test_changed_parameters_have_their_runs_made_again(quick_repository):
     quick_repository.batch()
     params = quick_repository.root / "params" / "tiny.yaml"
-    params.write_text(params.read_text().replace("epochs: 3", "epochs: 4"))
+    params.write_text(params.read_text().replace("epochs: 5", "epochs: 6"))
     assert quick_repository.batch().returncode == 0
     counts = Counter(line.split()[0] for line in quick_repository.diary())
     assert counts == {"qc": 1, "tokenize": 1, "begin": 8, "end": 8}

@@ -3,6 +3,7 @@
 In: ``results/demo/metrics.csv``. Out: the part of ``README.md`` between the two answer marks, replaced.
 """
 
+import argparse
 import re
 import sys
 
@@ -80,8 +81,12 @@ def update() -> None:
     paths.write_text(path, pattern.sub(lambda _: block, text))
 
 
-def main() -> int:
-    """Write the README's answer; end with 2 and one sentence when that cannot be done."""
+def main(arguments: list[str] | None = None) -> int:
+    """Write the README's answer after the demo study has run; end with 2 and one sentence when that cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m tuneformer.report.readme", description=main.__doc__)
+    parser.add_argument("study", help="the study that has run; any but demo leaves the README as it is")
+    if parser.parse_args(arguments).study != STUDY:
+        return 0
     try:
         update()
     except (ReadmeError, records.RecordError) as error:

@@ -52,6 +52,7 @@ def test_the_head_starts_the_same_for_every_strategy(run_settings, tokens):
     for strategy in ("full", "lora", "random_init"):
         settings = run_settings(strategy=strategy)
         trainer = training.make_trainer(settings, tokens, cells_of(tokens, settings), training._Log())
+        torch.manual_seed(len(strategy))  # as if the strategy had drawn other numbers by then
         order = list(trainer._get_train_sampler())
         heads.append((trainer.model.classifier.weight.detach(), trainer.model.bert.pooler.dense.weight.detach(), order))
     for classifier, pooler, order in heads[1:]:
@@ -90,7 +91,7 @@ def test_it_learns_and_reports(run_settings, tokens):
 def test_best_epoch_is_chosen_by_validation_and_the_test_set_is_predicted_once(run_settings, tokens, monkeypatch):
     settings = run_settings(epochs=3)
     test_tokens = {tuple(cell["input_ids"]) for cell in cells_of(tokens, settings)["test"]}
-    scores = iter([0.2, 0.9, 0.5])
+    scores = iter([0.2, 0.9, 0.9])
     calls, weights = [], []
 
     def probabilities(self, cells):
