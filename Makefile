@@ -9,7 +9,7 @@ BIN := .venv/bin
 ENV := .venv/complete
 export OMP_NUM_THREADS = 1
 
-.PHONY: report test check lab bench
+.PHONY: report test check lint lab bench
 .DELETE_ON_ERROR:
 
 report: $(ENV)
@@ -17,14 +17,16 @@ report: $(ENV)
 	@$(BIN)/snakemake --cores $(JOBS) --config study=$(STUDY)
 	@echo "$(CURDIR)/site/index.html"
 
-test: $(ENV)
+test: lint
 	@$(BIN)/pytest tests notebooks -n $(JOBS) --dist loadfile \
 		--nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 300
 
-check: $(ENV)
+check: lint
+	@$(BIN)/pytest -q tests/notebooks
+
+lint: $(ENV)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/pytest -q tests/notebooks
 
 lab: $(ENV)
 	@cd notebooks && env -u OMP_NUM_THREADS ../$(BIN)/jupyter lab

@@ -146,3 +146,10 @@ def test_the_params_of_the_repository_are_complete():
     for name in names:
         for task in load_study(name).tasks:
             assert load_study(name, task=task).question
+
+
+def test_a_reference_holds_only_for_the_study_as_its_files_state_it():
+    stated = load_study("tiny").expected_macro_f1
+    assert stated
+    assert load_study("tiny", seed=1, threads=1).expected_macro_f1 == stated
+    assert load_study("tiny", learning_rate=1e-4).expected_macro_f1 == {}

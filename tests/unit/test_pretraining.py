@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
+from tuneformer.data.simulate import simulate_corpus
 from tuneformer.finetune import pretraining
 from tuneformer.study import paths
 from tuneformer.study.params import load_study
@@ -31,6 +32,16 @@ def test_corpus_is_padded_ranks_and_held_out_cells_are_not_trained_on(settings, 
     assert corpus.held_out.shape == (30, settings.pretrain_length)
     trained = {cell.numpy().tobytes() for cell in corpus.train}
     assert not any(cell.numpy().tobytes() in trained for cell in corpus.held_out)
+
+
+def test_noise_changes_the_counts_by_the_stated_factor_and_no_zero():
+    cells = simulate_corpus(50, n_types=5, seed=0)
+    noisy = pretraining._with_noise(cells, 0.3, np.random.default_rng(0))
+    assert (noisy.X.indices == cells.X.indices).all()
+    ratio = np.log(noisy.X.data / cells.X.data)
+    assert ratio.std() == pytest.approx(0.3, abs=0.01)  # standard error 0.001
+    assert ratio.mean() == pytest.approx(0, abs=0.01)
+    assert (pretraining._with_noise(cells, 0.0, np.random.default_rng(0)).X != cells.X).nnz == 0
 
 
 def test_collator_hides_the_stated_shares_and_labels_nothing_else(corpus):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +20,7 @@ from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, 
 
 import tuneformer
 from tuneformer.data.simulate import simulate_corpus
+from tuneformer.finetune import hardware
 from tuneformer.study import paths
 from tuneformer.study.params import PretrainingParams, Study
 from tuneformer.study.run import fingerprint
@@ -122,12 +124,19 @@ class _LossCurve(TrainerCallback):
 
 
 def make_corpus(settings: Study) -> Corpus:
-    """Simulate the corpus, fit the vocabulary and the non-zero medians on its training cells, and encode it."""
+    """Simulate the corpus, fit the vocabulary and the non-zero medians on its training cells, and encode it.
+
+    Before they are ranked, the counts are multiplied by log-normal noise (``rank_noise``). Most genes of a cell have a
+    count of one or two, and the order of genes with the same count follows from their medians alone: without the noise
+    a model finds a hidden gene by the medians of its neighbours, and learns nothing about the cell.
+    """
     cells = simulate_corpus(settings.pretrain_cells, n_types=settings.pretrain_types, seed=settings.pretrain_seed)
     n_held_out = min(HELD_OUT, cells.n_obs // 10)
     train, held_out = cells[:-n_held_out], cells[-n_held_out:]
     vocabulary = Vocabulary.fit(train, base=None)
-    encoded = [_encode(part, vocabulary, settings.pretrain_length) for part in (train, held_out)]
+    rng = np.random.default_rng([settings.pretrain_seed, 3])
+    noisy = [_with_noise(part, settings.rank_noise, rng) for part in (train, held_out)]
+    encoded = [_encode(part, vocabulary, settings.pretrain_length) for part in noisy]
     return Corpus(train=encoded[0], held_out=encoded[1], vocabulary=vocabulary)
 
 
@@ -202,8 +211,7 @@ def pretrain(settings: Study, corpus: Corpus, *, folder: Path, stop_after: int |
     rank as position, 15 % masked tokens, AdamW with a linear schedule. Only the sizes differ.
     """
     folder = folder / fingerprint(settings.section(PretrainingParams), corpus.vocabulary.hash)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    hardware.prepare(settings)
     transformers.set_seed(settings.pretrain_seed)
     config = BertConfig(
         vocab_size=corpus.vocabulary.size,
@@ -298,7 +306,14 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _encode(cells: Any, vocabulary: Vocabulary, length: int) -> torch.Tensor:
+def _with_noise(cells: ad.AnnData, noise: float, rng: np.random.Generator) -> ad.AnnData:
+    """Return the cells with every count multiplied by exp(normal(0, `noise`))."""
+    counts = cells.X.copy()
+    counts.data = counts.data * rng.lognormal(0, noise, len(counts.data))
+    return ad.AnnData(counts, obs=cells.obs, var=cells.var)
+
+
+def _encode(cells: ad.AnnData, vocabulary: Vocabulary, length: int) -> torch.Tensor:
     """Return the tokens of `cells` as one padded matrix, (cells, length)."""
     tokens = torch.full((cells.n_obs, length), vocabulary.specials["<pad>"])
     for row, encoded in enumerate(rank_value_encode(cells, vocabulary, max_length=length)):
