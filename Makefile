@@ -1,7 +1,8 @@
-# make report [STUDY=demo]   all runs of a study, its figures and its page     make lab     the notebooks in JupyterLab
+# make report                the demo study, a small part of the others, the page   make lab   the notebooks in JupyterLab
+# make report STUDY=<name>   all runs of one study (a file in params/); STUDY=all: all runs of all demo studies
 # make test                  all tests, notebooks included                     make check   format, lint, hygiene
 # make bench                 what the stages cost on this machine
-STUDY ?= demo
+STUDY ?= default
 PYTHON ?= python3.11 python3 python
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 

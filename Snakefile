@@ -1,25 +1,27 @@
-# All runs of one study, their results, figures and page:  snakemake --cores all --config study=demo
+# All runs of a batch, their results, figures and page:  snakemake --cores all --config study=demo
+# study: a file in params/, or `default` or `all` (see lib/tuneformer/study/grid.py).
 # One papermill job per run. An executed notebook is a log, kept when its job fails; what it wrote is the output.
 import re
 import shlex
 import sys
 
-from tuneformer.study import grid, paths
-from tuneformer.study.params import NAME_PATTERN, CellsParams, TokensParams, TrainingParams, load_study
+from tuneformer.study import grid, paths, train_sets
+from tuneformer.study.params import NAME_PATTERN, CellsParams, TokensParams, TrainingParams, TrainSetParams, load_study
 from tuneformer.study.run import checkpoint_hash, executed_path, fingerprint
 
-STUDY = config.get("study", "demo")
-RUNS = grid.runs(STUDY)
-TASKS = {run.task: run for run in RUNS}
-PATTERN = RUNS[0].model_copy(
-    update={"task": "{task}", "train_set": "{train_set}", "strategy": "{strategy}", "seed": "{seed}"}
-)
-TOKENS = paths.tokens_path(PATTERN) / "tokens.json"
-RECORDS = [paths.run_dir(run) / "record.json" for run in RUNS]
-METRICS = paths.results_dir(STUDY) / "metrics.csv"
+BATCH = config.get("study", grid.DEFAULT)
+RUNS = grid.batch(BATCH)
+STUDIES = list(dict.fromkeys(run.study for run in RUNS))
+TASKS = {(run.study, run.task): run for run in RUNS}
+SIDES = {key: f"{{{key}}}" for key in ("study", "task", "train_set", "strategy", "seed")}
+PATTERN = RUNS[0].model_copy(update=SIDES)
+SINGLE_CELLS = PATTERN.model_copy(update={"train_set": "single_cell"})
+TOKENS = paths.tokens_path(SINGLE_CELLS) / "tokens.json"
+MADE = {"pseudobulk": "pseudobulk.csv", "synthetic": "realism.csv"}  # kinds of train sets that a notebook shows
 FIGURES = executed_path("06_figures", PATTERN).with_suffix(".done")
 PYTHON = shlex.quote(sys.executable)
 RUN = f"{PYTHON} -m tuneformer.study.run"
+NAME = NAME_PATTERN.strip("^$")
 
 
 localrules:  # seconds each, so not worth a job on a cluster
@@ -30,44 +32,74 @@ localrules:  # seconds each, so not worth a job on a cluster
 
 
 wildcard_constraints:
-    task=NAME_PATTERN.strip("^$"),
-    train_set=NAME_PATTERN.strip("^$"),
-    strategy="|".join(map(re.escape, RUNS[0].strategies)),
+    study=NAME,
+    task=NAME,
+    train_set=NAME,
+    strategy="|".join(map(re.escape, {strategy for run in RUNS for strategy in run.strategies})),
     seed=r"-?\d+",
 
 
 def parameters(section):
     """Return what a rule's results depend on, so that Snakemake makes them again when it changes."""
-    return lambda wildcards: fingerprint(TASKS[wildcards.task].section(section))
+    return lambda wildcards: fingerprint(TASKS[wildcards.study, wildcards.task].section(section))
 
 
 def checkpoint(wildcards):
     """Return the revision of the checkpoint, for the rules that read it."""
-    return checkpoint_hash(TASKS[wildcards.task].checkpoint)
+    return checkpoint_hash(TASKS[wildcards.study, wildcards.task].checkpoint)
 
 
 def own_file(wildcards):
     """Return the h5ad file of a study of own cells; a file that is missing is explained by the notebook."""
-    path = TASKS[wildcards.task].path
+    path = TASKS[wildcards.study, wildcards.task].path
     return [file for file in [path and paths.user_path(path)] if file and file.is_file()]
+
+
+def records(study=None):
+    """Return what proves that the runs of the batch, or of one of its studies, have finished."""
+    asked = [run for run in RUNS if study in (None, run.study)]
+    strategies = [paths.run_dir(run) / "record.json" for run in asked if run.strategy in run.strategies]
+    return strategies + sorted({paths.train_set_dir(run) / "baselines.done" for run in asked if run.baselines})
+
+
+def cells_of(wildcards):
+    """Return what a run reads: tokens of single cells are made by notebook 02, those of made cells by each run."""
+    pattern = TOKENS if wildcards.train_set == "single_cell" else paths.cells_path(PATTERN)
+    return str(pattern).format(**wildcards)
+
+
+def seeds(wildcards):
+    """Return the seeds of the batch for one train set."""
+    of = (wildcards.study, wildcards.task, wildcards.train_set)
+    return sorted({run.seed for run in RUNS if (run.study, run.task, run.train_set) == of})
+
+
+def shown():
+    """Return the tables of the notebooks that show the made cells of the batch, one a task and kind."""
+    kinds = {(run.study, run.task, train_sets.parse(run.train_set).kind) for run in RUNS}
+    return [
+        paths.task_dir(TASKS[study, task]) / MADE[kind] for study, task, kind in sorted(kinds) if kind in MADE
+    ]
 
 
 rule all:
     input:
-        RECORDS,  # asked for by name: METRICS is committed, so it is there before any run
-        METRICS,
-        FIGURES,
+        records(),  # asked for by name: metrics.csv is committed, so it is there before any run
+        shown(),
+        expand(paths.results_dir("{study}") / "metrics.csv", study=STUDIES),
+        expand(FIGURES, study=STUDIES),
         paths.SITE / "index.html",
 
 
 rule page:
     input:
-        METRICS,
-        FIGURES,
+        expand(paths.results_dir("{study}") / "metrics.csv", study=STUDIES),
+        expand(FIGURES, study=STUDIES),
+        shown(),
     output:
         paths.SITE / "index.html",
     params:
-        study=STUDY,
+        study=STUDIES[0],
     shell:
         "{PYTHON} -m tuneformer.report.readme {params.study:q} && {PYTHON} -m tuneformer.report.html {params.study:q}"
 
@@ -78,12 +110,11 @@ rule qc:
     output:
         paths.cells_path(PATTERN),
     params:
-        study=STUDY,
         fingerprint=parameters(CellsParams),
     log:
         executed_path("01_qc", PATTERN),
     shell:
-        "{RUN} 01_qc --study {params.study:q} --task {wildcards.task:q}"
+        "{RUN} 01_qc --study {wildcards.study:q} --task {wildcards.task:q}"
 
 
 rule tokenize:
@@ -92,52 +123,89 @@ rule tokenize:
     output:
         TOKENS,
     params:
-        study=STUDY,
         fingerprint=parameters(TokensParams),
         checkpoint=checkpoint,
     log:
-        executed_path("02_tokenize", PATTERN),
+        executed_path("02_tokenize", SINGLE_CELLS),
     shell:
-        "{RUN} 02_tokenize --study {params.study:q} --task {wildcards.task:q} -p train_set {wildcards.train_set:q}"
+        "{RUN} 02_tokenize --study {wildcards.study:q} --task {wildcards.task:q}"
+
+
+rule pseudobulk:
+    input:
+        paths.cells_path(PATTERN),
+    output:
+        paths.task_dir(PATTERN) / "pseudobulk.csv",
+    params:
+        fingerprint=parameters(TrainSetParams),
+        checkpoint=checkpoint,
+    log:
+        executed_path("03_pseudobulk", PATTERN),
+    shell:
+        "{RUN} 03_pseudobulk --study {wildcards.study:q} --task {wildcards.task:q}"
+
+
+rule synthetic:
+    input:
+        paths.cells_path(PATTERN),
+    output:
+        paths.task_dir(PATTERN) / "realism.csv",
+    params:
+        fingerprint=parameters(TrainSetParams),
+        checkpoint=checkpoint,
+    log:
+        executed_path("04_synthetic", PATTERN),
+    shell:
+        "{RUN} 04_synthetic --study {wildcards.study:q} --task {wildcards.task:q}"
 
 
 rule finetune:
     input:
-        TOKENS,
+        cells_of,
     output:
         # update: Snakemake deletes neither the record nor the executed notebook before the job, so that a run that ended
         # just when the batch was killed is loaded; the job itself deletes a record that is not of this very run.
         update(paths.run_dir(PATTERN) / "record.json"),
     params:
-        study=STUDY,
         fingerprint=parameters(TrainingParams),
         checkpoint=checkpoint,
     threads: 1
     shell:
-        "{RUN} 05_finetune_strategies --study {params.study:q} --task {wildcards.task:q}"
+        "{RUN} 05_finetune_strategies --study {wildcards.study:q} --task {wildcards.task:q}"
         " --train-set {wildcards.train_set:q} --strategy {wildcards.strategy:q} --seed {wildcards.seed:q}"
         " -p threads {threads}"
 
 
+rule baselines:
+    input:
+        cells_of,
+    output:
+        touch(paths.train_set_dir(PATTERN) / "baselines.done"),
+    params:
+        fingerprint=parameters(TrainingParams),
+        checkpoint=checkpoint,
+        baselines=lambda wildcards: TASKS[wildcards.study, wildcards.task].baselines,
+        seeds=seeds,
+    shell:
+        "{PYTHON} -m tuneformer.report.baseline_runs --study {wildcards.study:q} --task {wildcards.task:q}"
+        " --train-set {wildcards.train_set:q} --seeds {params.seeds}"
+
+
 rule collect:
     input:
-        RECORDS,
+        lambda wildcards: records(wildcards.study),
     output:
-        METRICS,
-    params:
-        study=STUDY,
+        paths.results_dir("{study}") / "metrics.csv",
     shell:
-        "{PYTHON} -m tuneformer.report.records {params.study:q}"
+        "{PYTHON} -m tuneformer.report.records {wildcards.study:q}"
 
 
 rule figures:
     input:
-        METRICS,
+        paths.results_dir("{study}") / "metrics.csv",
     output:
         touch(FIGURES),
-    params:
-        study=STUDY,
     log:
         executed_path("06_figures", PATTERN),
     shell:
-        "{RUN} 06_figures --study {params.study:q}"
+        "{RUN} 06_figures --study {wildcards.study:q}"

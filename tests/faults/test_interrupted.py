@@ -41,7 +41,7 @@ def test_a_batch_ends_and_has_nothing_to_do_when_called_again(quick_repository):
     assert counts == {"qc": 1, "tokenize": 1, "begin": 4, "end": 4}
     lines = [line for line in batch.stdout.splitlines() if "macro-F1" in line]
     assert len(lines) == 4
-    assert sum(line.startswith("[4/4] drug_5class single_cell ") for line in lines) >= 1
+    assert sum(line.startswith("tiny [4/4] drug_5class single_cell ") for line in lines) >= 1
     assert {line.split()[-1] for line in quick_repository.diary() if line.startswith("end")} == {
         "1"
     }  # one thread a run

@@ -25,12 +25,37 @@ def study(tmp_path, monkeypatch):
 
 
 def test_every_combination_is_a_run_once(study):
-    runs = grid.runs(study("tasks: [easy, hard]\nstrategies: [full, lora]\nseeds: [0, 5, 7]\n"))
+    runs = grid.runs(study("tasks: [easy, hard]\nstrategies: [full, lora]\nbaselines: []\nseeds: [0, 5, 7]\n"))
     combinations = [(run.task, run.train_set, run.strategy, run.seed) for run in runs]
     assert len(set(combinations)) == len(combinations) == 12
     assert combinations[0] == ("easy", "single_cell", "full", 0)
     assert combinations[-1] == ("hard", "single_cell", "lora", 7)
     assert {(run.task, run.label) for run in runs} == {("easy", "drug"), ("hard", "dose")}
+
+
+def test_baselines_are_runs_beside_the_strategies(study, capsys):
+    name = study("strategies: [full]\nbaselines: [majority, knn_pca]\nseeds: [0, 1]\n")
+    assert [run.strategy for run in grid.runs(name)] == ["full"] * 2 + ["majority"] * 2 + ["knn_pca"] * 2
+    assert grid.main([name]) == 0
+    assert "1 train set x (1 strategy + 2 baselines) x 2 seeds = 6 runs" in capsys.readouterr().out
+    with pytest.raises(ParameterError, match="baselines names 'majority' more than once"):
+        grid.runs(study("baselines: [majority, majority]\n"))
+
+
+def test_the_default_batch_has_the_main_study_and_a_part_of_the_others(study, tmp_path, capsys):
+    (tmp_path / "demo.yaml").write_text("strategies: [full]\nbaselines: []\n")
+    sides = "train_sets: [single_cell, pseudobulk_k2_sum]\nstrategies: [full]\nbaselines: []\nseeds: [4, 5]\n"
+    study(f"{sides}quick_train_sets: [pseudobulk_k2_sum]\n")
+    assert [run.study for run in grid.batch("all")] == ["demo"] * 3 + ["mine"] * 4
+    default = grid.batch("default")
+    assert [run.study for run in default] == ["demo"] * 3 + ["mine"]
+    assert (default[-1].train_set, default[-1].seed) == ("pseudobulk_k2_sum", 4)
+    assert [run.study for run in grid.batch("mine")] == ["mine"] * 4
+    assert grid.main(["default"]) == 0
+    assert "Study mine: 1 task x 2 train sets x 1 strategy x 2 seeds = 4 runs, 1 of them" in capsys.readouterr().out
+    study(f"{sides}quick_train_sets: [pseudobulk_k5_sum]\n")
+    with pytest.raises(ParameterError, match="quick_train_sets names 'pseudobulk_k5_sum', which is not one of its"):
+        grid.batch("default")
 
 
 def test_a_run_is_what_its_notebook_resolves(study):
@@ -60,7 +85,7 @@ def test_a_value_named_twice_is_refused(study):
 
 def test_the_command_counts_the_runs_or_says_what_is_wrong(capsys):
     assert grid.main(["tiny"]) == 0
-    assert capsys.readouterr().out == "Study tiny: 1 tasks x 1 train sets x 2 strategies x 2 seeds = 4 runs\n"
+    assert capsys.readouterr().out == "Study tiny: 1 task x 1 train set x 2 strategies x 2 seeds = 4 runs\n"
     assert grid.main(["tinny"]) == 2
     assert "Did you mean tiny?" in capsys.readouterr().err
 

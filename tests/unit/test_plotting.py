@@ -136,12 +136,6 @@ def test_training_curves_mark_the_epoch_that_was_kept():
     assert right.lines[-1].get_xdata() == [2, 2]
 
 
-def test_length_histogram_counts_every_cell():
-    figure = plotting.length_histogram([10, 20, 128, 128], limit=128, title="Tokens")
-    assert sum(bar.get_height() for bar in figure.axes[0].patches) == 4
-    assert "limit of 128 tokens (50% of the cells reach it)" in texts(figure)
-
-
 def test_loss_curve_shows_its_references():
     curve = pd.DataFrame({"step": [1, 2], "train_loss": [6.0, 5.0], "held_out_loss": [6.1, 5.2]})
     figure = plotting.loss_curve(curve, {"uniform": 6.9, "gene frequency": 6.2}, title="Loss")

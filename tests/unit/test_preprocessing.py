@@ -15,7 +15,7 @@ from tuneformer.study.params import load_study
 
 @pytest.fixture
 def settings():
-    return load_study("tiny", min_counts=10, max_counts=100, max_mito_share=0.5)
+    return load_study("tiny", min_counts=10, max_counts=100, max_mito_share=0.5, dose_column=None)
 
 
 @pytest.fixture
@@ -57,10 +57,10 @@ def test_the_table_counts_each_rule_and_what_only_it_drops(cells, settings):
 
 
 def test_limits_are_inclusive_and_can_be_off(cells):
-    settings = load_study("tiny", min_counts=9, max_counts=101, max_mito_share=0.8)
+    settings = load_study("tiny", dose_column=None, min_counts=9, max_counts=101, max_mito_share=0.8)
     flags = preprocessing.qc_flags(cells, settings)
     assert list(flags.index[flags["min_counts"] | flags["max_counts"] | flags["max_mito_share"]]) == ["c4"]
-    unlimited = load_study("tiny", max_counts=None)
+    unlimited = load_study("tiny", dose_column=None, max_counts=None)
     assert not preprocessing.qc_flags(cells, unlimited)["max_counts"].any()
     assert preprocessing.qc_table(flags, unlimited).loc["fails max_counts", "limit"] == "none"
 
@@ -68,7 +68,7 @@ def test_limits_are_inclusive_and_can_be_off(cells):
 def test_a_group_or_selection_that_is_missing_counts_as_no_label(cells):
     cells.obs["well"] = ["A1", None, "A1", "A2", "A2", "A3"]
     cells.obs["drug"] = ["Dex", "Dex", None, "BMS", "BMS", "BMS"]
-    settings = load_study("tiny", group_by="well", select_column="drug", select_values=["BMS"])
+    settings = load_study("tiny", dose_column=None, group_by="well", select_column="drug", select_values=["BMS"])
     flags = preprocessing.qc_flags(cells, settings)
     assert list(flags.index[flags["label"]]) == ["c1", "c2", "c5"]
 

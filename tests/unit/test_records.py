@@ -20,6 +20,7 @@ def study(tmp_path, monkeypatch):
     for name in ("RUNS", "RESULTS"):
         monkeypatch.setattr(paths, name, tmp_path / name.lower())
     monkeypatch.setattr(run, "checkpoint_hash", lambda _: "weights")
+    monkeypatch.setattr(records, "checkpoint_hash", lambda _: "weights")
     settings = load_study("tiny")
     paths.write_text(paths.tokens_path(settings) / "tokens.json", '{"fingerprint": "tokens"}')
     return settings
@@ -143,13 +144,30 @@ def test_runs_outside_the_grid_and_stale_ones_are_left_out(study, monkeypatch):
     assert records.read_records("tiny") == []
 
 
-def test_a_run_that_left_the_study_leaves_its_results(study):
+def test_a_run_that_is_not_made_again_keeps_its_results_while_they_hold(study, monkeypatch):
+    for settings in grid.runs("tiny"):
+        write(settings)
+    whole = records.collect("tiny")
+    (paths.run_dir(study) / "record.json").unlink()
+    pd.testing.assert_frame_equal(records.collect("tiny"), whole)
+    kept = paths.RESULTS / "tiny" / "records" / records.record_name(study)
+    record = json.loads(kept.read_text())
+    assert records.still_holds(record, study.model_copy(update={"threads": 7, "question": "another?"}))
+    assert not records.still_holds(record, study.model_copy(update={"learning_rate": 0.5}))
+    del record["parameters"]["lora_alpha"]  # as if the key had been new since
+    assert records.still_holds(record, study)
+    monkeypatch.setattr(records, "checkpoint_hash", lambda _: "other weights")
+    assert len(records.collect("tiny")["fingerprint"].unique()) == len(grid.runs("tiny")) - 1
+
+
+def test_a_run_that_left_the_study_leaves_its_results(study, monkeypatch):
     for settings in grid.runs("tiny"):
         write(settings)
     records.collect("tiny")
-    (paths.run_dir(study) / "record.json").unlink()
-    assert "full" in records.collect("tiny")["strategy"].to_numpy()
-    assert len(list((paths.RESULTS / "tiny" / "records").iterdir())) == len(grid.runs("tiny")) - 1
+    fewer = [settings for settings in grid.runs("tiny") if settings.strategy == "full"]
+    monkeypatch.setattr(grid, "runs", lambda _: fewer)
+    assert set(records.collect("tiny")["strategy"]) == {"full"}
+    assert len(list((paths.RESULTS / "tiny" / "records").iterdir())) == len(fewer)
 
 
 def test_the_command_counts_runs(study, capsys):
@@ -180,3 +198,30 @@ def test_results_that_cannot_be_read_are_refused(study):
     paths.write_text(path, ",".join(records.COLUMNS) + "\n")
     with pytest.raises(records.RecordError, match="needs at least one row"):
         records.read_metrics("tiny")
+
+
+def test_predicted_classes_are_kept_for_paired_comparisons(study):
+    runs = grid.runs("tiny")
+    for settings in runs:
+        outcome = outcome_of(settings)
+        with paths.atomic_path(paths.run_dir(settings) / "predictions.parquet") as partial:
+            outcome.predictions.to_parquet(partial)
+        write(settings)
+    records.collect("tiny")
+    table = records.read_predictions("tiny")
+    assert len(table) == 3 * len(runs)
+    first = table[(table["strategy"] == "full") & (table["seed"] == 0)]
+    assert first[["cell", "label", "predicted"]].to_numpy().tolist() == [
+        ["x", "a", "a"],
+        ["y", "a", "b"],
+        ["z", "b", "b"],
+    ]
+    (paths.run_dir(study) / "record.json").unlink()
+    records.collect("tiny")
+    again = records.read_predictions("tiny")
+    keys = ["strategy", "seed", "cell"]
+    pd.testing.assert_frame_equal(
+        again.astype(str).sort_values(keys, ignore_index=True), table.astype(str).sort_values(keys, ignore_index=True)
+    )
+    with pytest.raises(records.RecordError, match="demo/predictions.parquet does not exist; run"):
+        records.read_predictions("demo")

@@ -87,10 +87,10 @@ def test_each_executed_notebook_has_a_place_of_its_own():
 def test_a_finished_run_is_loaded_and_a_changed_one_is_not(repository):
     assert repository.run("02_tokenize").returncode == 0
     first = repository.run("05_finetune_strategies", "--strategy", "full", "--seed", "0")
-    assert first.stdout.startswith("[1/4] drug_5class single_cell full seed 0: macro-F1 0.500, "), first.stderr
+    assert first.stdout.startswith("tiny [1/4] drug_5class single_cell full seed 0: macro-F1 0.500, "), first.stderr
     start = time.perf_counter()
     again = repository.run("05_finetune_strategies", "--strategy", "full", "--seed", "0", "-p", "threads", "1")
-    assert again.stdout == "[1/4] drug_5class single_cell full seed 0: macro-F1 0.500, loaded\n"
+    assert again.stdout == "tiny [1/4] drug_5class single_cell full seed 0: macro-F1 0.500, loaded\n"
     assert time.perf_counter() - start < 10
     assert [line.split()[0] for line in repository.diary()] == ["tokenize", "begin", "end"]
     changed = repository.run("05_finetune_strategies", "--strategy", "full", "-p", "learning_rate", "1e-2")

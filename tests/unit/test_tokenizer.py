@@ -19,7 +19,6 @@ from tuneformer.tokens import tokenizer
 from tuneformer.tokens.tokenizer import (
     TokensError,
     length_table,
-    prepare_tokens,
     rank_value_encode,
     ranked_genes,
     task_length,
@@ -29,6 +28,7 @@ from tuneformer.tokens.tokenizer import (
     uncut_lengths,
 )
 from tuneformer.tokens.vocabulary import SPECIALS_V1, Vocabulary, VocabularyError, nonzero_medians
+from tuneformer.trainsets.assemble import prepare_tokens
 
 SPECIALS_V2 = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3}
 GENES = [f"GENE{number}" for number in range(12)]

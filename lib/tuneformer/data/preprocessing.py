@@ -37,7 +37,7 @@ def check_cells(adata: ad.AnnData, settings: Study) -> None:
             first = names[names.duplicated()][0]
             msg = f"The {what} {first!r} stands {(names == first).sum()} times; make every {what} unique."
             raise CellsError(msg)
-    for key in ("label", "select_column", "group_by"):
+    for key in ("label", "select_column", "dose_column", "group_by"):
         column = getattr(settings, key)
         if column is not None and column not in adata.obs:
             msg = f"{key}: the cells have no obs column {column!r}; {nearest(column, adata.obs.columns)}."
@@ -52,15 +52,15 @@ def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
     -------
     One row a cell: ``n_counts`` (sum of its raw counts), ``n_genes`` (genes with a count), ``mito_share`` (0 to 1; NaN
     where no gene symbol begins with `mito_prefix`, or the cell has no count), and for every rule of `RULES`, named as
-    its key in the params file, whether the cell fails it. A cell without a value in the label, selection or
-    group column fails ``label``.
+    its key in the params file, whether the cell fails it. A cell without a value in the label, selection,
+    dose or group column fails ``label``.
 
     Source of the rules: the theses on sciplex2 (drug and dose known, 500 to 12,000 counts, at most 50 % mitochondrial).
     """
     n_counts = np.asarray(adata.X.sum(axis=1), dtype=float).ravel()
     mito = adata.var["symbol"].astype(str).str.upper().str.startswith(settings.mito_prefix.upper()).to_numpy()
     mito_counts = np.asarray(adata.X[:, mito].sum(axis=1), dtype=float).ravel()
-    needed = [settings.label, settings.select_column, settings.group_by]
+    needed = [settings.label, settings.select_column, settings.dose_column, settings.group_by]
     max_counts = np.inf if settings.max_counts is None else settings.max_counts
     flags = pd.DataFrame(
         {"n_counts": n_counts, "n_genes": np.asarray((adata.X != 0).sum(axis=1)).ravel()}, index=adata.obs_names

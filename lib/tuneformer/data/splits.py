@@ -68,6 +68,48 @@ def assign_split(
     return part.astype(pd.CategoricalDtype(list(PARTS))).rename("split")
 
 
+def draw_cells(
+    table: pd.DataFrame, *, train_cells: int | None, validation_share: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Choose the cells of one run: at most `train_cells`, stratified by class; all test cells.
+
+    The validation cells are reduced in the same proportion.
+
+    Parameters
+    ----------
+    table
+        Columns label and split, one row a cell.
+    train_cells
+        Number of training cells; None takes all.
+    validation_share
+        Share of the cells outside the test set that the split gave to validation.
+    seed
+        Seed of the draw.
+
+    Returns
+    -------
+    Rows of `table`, ascending, for each of `PARTS`.
+
+    Raises
+    ------
+    CellsError
+        `train_cells` is smaller than the number of classes.
+    """
+    rows = {part: np.flatnonzero(table["split"] == part) for part in PARTS}
+    if train_cells is None:
+        return rows
+    n_classes = table["label"].nunique()
+    if train_cells < n_classes:
+        msg = f"train_cells: {train_cells} is less than one for each of {n_classes} classes; set more."
+        raise CellsError(msg)
+    n_validation = round(train_cells * validation_share / (1 - validation_share))
+    rng = np.random.default_rng(seed)
+    for part, n in {"train": train_cells, "validation": max(n_validation, n_classes)}.items():
+        labels = table["label"].iloc[rows[part]].astype(str)
+        rows[part] = rows[part][draw_stratified(labels.to_numpy(), n, rng)]
+    return rows
+
+
 def split_table(labels: pd.Series, split: pd.Series) -> pd.DataFrame:
     """Count cells by class (rows) and part of the split (columns), with sums."""
     table = pd.crosstab(labels, split)[list(PARTS)]
@@ -154,3 +196,21 @@ def _take_groups(counts: pd.DataFrame, target: np.ndarray, *, leave: int) -> lis
 def _in_random_order(names: pd.Index, seed: int) -> list:
     """Sort names by the hash of seed and name: a random order that does not depend on the given one."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+
+def draw_stratified(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `n` of the cells, every class by its share and at least once; return their places, ascending."""
+    if n >= len(labels):
+        return np.arange(len(labels))
+    classes, counts = np.unique(labels, return_counts=True)
+    exact = counts * n / len(labels)
+    take = np.maximum(1, np.floor(exact)).astype(int)
+    for place in np.argsort(take - exact, kind="stable")[: max(0, n - take.sum())]:
+        take[place] += 1
+    while take.sum() > n:
+        take[take.argmax()] -= 1
+    chosen = [
+        rng.choice(np.flatnonzero(labels == name), size, replace=False)
+        for name, size in zip(classes, take, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))

@@ -7,12 +7,13 @@ of groups and epochs that a notebook shows.
 import math
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import get_args
 
 import pandas as pd
 from torch import nn
 
 from tuneformer.finetune.checkpoints import CellClassifier
-from tuneformer.study.params import ParameterError, Study
+from tuneformer.study.params import Baseline, ParameterError, Study
 
 HEAD = ("pooler", "classifier")
 NEVER = math.inf
@@ -63,8 +64,15 @@ def prepare(settings: Study, model: CellClassifier) -> Plan:
     Raises
     ------
     ParameterError
-        ``freeze_layers`` is larger than the number of encoder layers.
+        ``freeze_layers`` is larger than the number of encoder layers, or the strategy is a baseline.
     """
+    if settings.strategy in get_args(Baseline):
+        msg = (
+            f"strategy: {settings.strategy} is a baseline, which is fitted and not fine-tuned; run "
+            f"python -m tuneformer.report.baseline_runs --study {settings.study} --task {settings.task} "
+            f"--train-set {settings.train_set} --seeds {settings.seed}."
+        )
+        raise ParameterError(msg)
     body = ["embeddings", *(f"layer_{number}" for number in range(model.config.num_hidden_layers))]
     starts = dict.fromkeys([*body, *HEAD], 0.0)
     factors = dict.fromkeys([*body, *HEAD], 1.0)
@@ -134,7 +142,7 @@ def optimizer_groups(settings: Study, model: CellClassifier, plan: Plan) -> list
     listed = []
     for name, weight in learning_parameters(model, plan).items():
         decay = settings.weight_decay if weight.ndim > 1 else 0.0
-        rate = settings.learning_rate * plan.factors[group_of(name)]
+        rate = settings.peak_learning_rate * plan.factors[group_of(name)]
         listed.append({"params": [weight], "lr": rate, "weight_decay": decay})
     return _joined(listed)
 

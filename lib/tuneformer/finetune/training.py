@@ -21,6 +21,7 @@ from sklearn.metrics import f1_score
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from tuneformer.data import splits
 from tuneformer.finetune import checkpoints, hardware, strategies
 from tuneformer.finetune.collator import CellCollator
 from tuneformer.study import grid, paths
@@ -96,7 +97,7 @@ def finetune(settings: Study, tokens: Tokens) -> Outcome:
     settings
         The run.
     tokens
-        From `tuneformer.tokens.tokenizer.prepare_tokens`.
+        From `tuneformer.trainsets.assemble.prepare_tokens`.
 
     Returns
     -------
@@ -147,14 +148,15 @@ def finetune(settings: Study, tokens: Tokens) -> Outcome:
         predictions=predictions,
     )
     if status == "ok":
-        _write_outcome(settings, outcome)
+        write_outcome(settings, outcome)
     return outcome
 
 
 def draw_cells(settings: Study, tokens: Tokens) -> dict[str, np.ndarray]:
-    """Choose the cells of a run: at most ``train_cells``, stratified by class, by the seed of the run.
+    """Choose the cells of a run: at most ``train_cells`` of the single cells, by the seed of the run.
 
-    The validation cells are reduced in the same proportion; the test cells are always all of them.
+    See `tuneformer.data.splits.draw_cells`. Of a made train set all cells are taken: ``train_cells`` limited the single
+    cells that it was made of.
 
     Returns
     -------
@@ -163,7 +165,9 @@ def draw_cells(settings: Study, tokens: Tokens) -> dict[str, np.ndarray]:
     Raises
     ------
     TrainingDataError
-        A class has no cells in one of the three parts, or ``train_cells`` is smaller than the number of classes.
+        A class has no cells in one of the three parts.
+    CellsError
+        ``train_cells`` is smaller than the number of classes.
     """
     table = tokens.dataset.select_columns(["label", "split"]).to_pandas()
     counts = pd.crosstab(table["label"], table["split"]).reindex(index=tokens.classes, columns=SPLITS, fill_value=0)
@@ -174,20 +178,12 @@ def draw_cells(settings: Study, tokens: Tokens) -> dict[str, np.ndarray]:
             f"Class {label!r} has no {split} cells; give it more cells, or leave it out of classes in the params file."
         )
         raise TrainingDataError(msg)
-    rows = {split: np.flatnonzero(table["split"] == split) for split in SPLITS}
-    if settings.train_cells is None:
-        return rows
-    if settings.train_cells < len(tokens.classes):
-        msg = (
-            f"train_cells: {settings.train_cells} is less than one for each of {len(tokens.classes)} classes; set more."
-        )
-        raise TrainingDataError(msg)
-    n_validation = round(settings.train_cells * settings.validation_share / (1 - settings.validation_share))
-    rng = np.random.default_rng(settings.seed)
-    for split, n in {"train": settings.train_cells, "validation": max(n_validation, len(tokens.classes))}.items():
-        labels = table["label"].iloc[rows[split]]
-        rows[split] = rows[split][_draw_stratified(labels.to_numpy(), n, rng)]
-    return rows
+    return splits.draw_cells(
+        table,
+        train_cells=None if paths.is_made(settings) else settings.train_cells,
+        validation_share=settings.validation_share,
+        seed=settings.seed,
+    )
 
 
 def cells_table(tokens: Tokens, drawn: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -197,6 +193,17 @@ def cells_table(tokens: Tokens, drawn: dict[str, np.ndarray]) -> pd.DataFrame:
     table = table.reindex(tokens.classes)
     table.loc["all"] = table.sum()
     return table.astype(int)
+
+
+def optimizer_steps(settings: Study, tokens: Tokens, n_train: int) -> int:
+    """Return the optimizer steps of a run: ``epochs`` passes over its training cells in batches of ``batch_size``.
+
+    A train set named ``_steps`` takes the steps of so many cells as it says in its ``step_cells`` instead, and no run
+    takes fewer than ``min_steps``. An "epoch" of the log is then the same share of the steps, not a pass over the cells.
+    """
+    n_cells = tokens.provenance.get("step_cells") or n_train
+    steps = -(-n_cells // settings.batch_size) * settings.epochs
+    return max(steps, -(-settings.min_steps // settings.epochs) * settings.epochs)
 
 
 def warmup_steps(settings: Study, total_steps: int) -> int:
@@ -235,6 +242,7 @@ class ClassifierTrainer(Trainer):
         self.learning: frozenset[str] | None = None
         self.passed: Counter[tuple[str, frozenset[str]]] = Counter()  # tokens and pairs of tokens by what learnt
         self.epoch_loss, self.epoch_cells, self.epoch_start = 0.0, 0, time.perf_counter()
+        self.cells_seen = 0
         self.order = torch.Generator().manual_seed(settings.seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
@@ -262,6 +270,7 @@ class ClassifierTrainer(Trainer):
         self.passed["pairs", learning] += n_cells * length**2
         self.epoch_loss += loss.item() * n_cells
         self.epoch_cells += n_cells
+        self.cells_seen += n_cells
         return loss
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
@@ -292,6 +301,7 @@ class ClassifierTrainer(Trainer):
             log.best_weights = {name: weight.detach().clone() for name, weight in weights.items()}
         if settings.early_stop is not None and epoch - log.best_epoch >= settings.early_stop:
             self.control.should_training_stop = True
+        self.control.should_evaluate = False  # else the Trainer comes again at the end of its own epoch
         print(
             f"{grid.describe(settings)} epoch {epoch}/{settings.epochs}: train loss {row['train_loss']:.3f}, "
             f"validation macro-F1 {scores[-1]:.3f} (best {scores[log.best_epoch - 1]:.3f} in epoch {log.best_epoch}), "
@@ -338,18 +348,19 @@ def make_trainer(
     transformers.set_seed(settings.seed)
     model = checkpoints.load_classifier(settings, tokens.vocabulary, tokens.classes)
     plan = strategies.prepare(settings, model)
-    total_steps = -(-len(cells["train"]) // settings.batch_size) * settings.epochs
+    total_steps = optimizer_steps(settings, tokens, len(cells["train"]))
     optimizer = torch.optim.AdamW(strategies.optimizer_groups(settings, model.to(device), plan), fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(
         optimizer, num_warmup_steps=warmup_steps(settings, total_steps), num_training_steps=total_steps
     )
     arguments = TrainingArguments(
         output_dir=str(paths.run_dir(settings)),
-        num_train_epochs=settings.epochs,
+        max_steps=total_steps,
         per_device_train_batch_size=settings.batch_size // accumulate,
         gradient_accumulation_steps=accumulate,
         per_device_eval_batch_size=PREDICTION_BATCH,
-        eval_strategy="epoch",
+        eval_strategy="steps",
+        eval_steps=max(1, total_steps // settings.epochs),
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
@@ -400,11 +411,10 @@ def _cost(trainer: ClassifierTrainer, *, wall: float, cpu: float) -> dict[str, A
         )
         for learning in {groups for _, groups in trainer.passed}
     ]
-    n_cells = len(trainer.train_dataset) * trainer.state.num_train_epochs
     return {
         "wall_seconds": wall,
         "cpu_seconds": cpu,
-        "cells_per_second": n_cells * trainer.state.global_step / max(trainer.state.max_steps, 1) / wall,
+        "cells_per_second": trainer.cells_seen / wall,
         "optimizer_steps": trainer.state.global_step,
         "training_cells": len(trainer.train_dataset),
         "trainable_parameters": sum(
@@ -446,25 +456,8 @@ def _read_cells(tokens: Tokens, rows: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _draw_stratified(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw `n` of the cells, every class by its share and at least once; return their places, ascending."""
-    if n >= len(labels):
-        return np.arange(len(labels))
-    classes, counts = np.unique(labels, return_counts=True)
-    exact = counts * n / len(labels)
-    take = np.maximum(1, np.floor(exact)).astype(int)
-    for place in np.argsort(take - exact, kind="stable")[: max(0, n - take.sum())]:
-        take[place] += 1
-    while take.sum() > n:
-        take[take.argmax()] -= 1
-    chosen = [
-        rng.choice(np.flatnonzero(labels == name), size, replace=False)
-        for name, size in zip(classes, take, strict=True)
-    ]
-    return np.sort(np.concatenate(chosen))
-
-
-def _write_outcome(settings: Study, outcome: Outcome) -> None:
+def write_outcome(settings: Study, outcome: Outcome) -> None:
+    """Write the predictions and then the rest of an outcome to the folder of its run, each file whole or not at all."""
     folder = paths.run_dir(settings)
     with paths.atomic_path(folder / "predictions.parquet") as partial:
         outcome.predictions.to_parquet(partial, index=False)

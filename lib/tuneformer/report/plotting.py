@@ -160,28 +160,6 @@ def qc_scatter(flags: pd.DataFrame, settings: Study) -> Figure:
     return figure
 
 
-def length_histogram(lengths: Iterable[int], *, limit: int, title: str) -> Figure:
-    """Draw how many tokens the cells have.
-
-    Parameters
-    ----------
-    lengths
-        Tokens per cell, special tokens included.
-    limit
-        Largest number of tokens that a cell can have; longer cells were cut there.
-    title
-        Title of the figure.
-    """
-    lengths = np.asarray(list(lengths))
-    figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    ax.hist(lengths, bins=np.linspace(0, limit, 41), color=PALETTE[0], edgecolor="white", linewidth=0.5)
-    label = f"limit of {limit:,} tokens ({np.mean(lengths == limit):.0%} of the cells reach it)"
-    ax.axvline(limit, color=PALETTE[1], linestyle="--", label=label)
-    ax.set(xlabel="Tokens per cell", ylabel="Cells", title=title, xlim=(0, limit * 1.03))
-    figure.legend(loc="outside lower center")
-    return figure
-
-
 def training_curves(history: pd.DataFrame, *, best_epoch: int | None, title: str) -> Figure:
     """Draw loss and validation scores per epoch.
 

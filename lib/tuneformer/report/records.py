@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from tuneformer.data import catalog
 from tuneformer.study import grid, paths
-from tuneformer.study.params import ParameterError, Study
-from tuneformer.study.run import finished_record
+from tuneformer.study.params import ParameterError, Study, TrainingParams
+from tuneformer.study.run import checkpoint_hash, finished_record
 
 if TYPE_CHECKING:
     from tuneformer.finetune.training import Outcome
@@ -81,6 +82,7 @@ def write_record(settings: Study, outcome: "Outcome", scores: pd.DataFrame) -> P
         "strategy": settings.strategy,
         "seed": settings.seed,
         "fold": None,
+        "inputs": inputs_of(settings),
         "status": outcome.status,
         "reason": outcome.reason,
         "fingerprint": outcome.fingerprint,
@@ -100,18 +102,48 @@ def write_record(settings: Study, outcome: "Outcome", scores: pd.DataFrame) -> P
     return target
 
 
+def inputs_of(settings: Study) -> dict[str, str]:
+    """Return hashes of what a run reads beside its parameters: the source of its cells, and its checkpoint."""
+    return {"cells": catalog.source_hash(settings), "checkpoint": checkpoint_hash(settings.checkpoint)}
+
+
 def read_records(study: str) -> list[dict[str, Any]]:
     """Read the records of the runs of a study's grid, in the order of the grid.
 
-    Left out: runs that have no record, and records of other parameters, data or weights than the study has now.
+    A run that has finished here is taken from ``runs/``; of the others, the record kept in ``results/<study>/records``
+    by an earlier batch, if every parameter that it states and its inputs are still those of the study.
 
     Raises
     ------
     ParameterError
         The study cannot be used.
     """
-    found = [finished_record(settings) for settings in grid.runs(study)]
-    return [record for record in found if record is not None]
+    found = []
+    for settings in grid.runs(study):
+        record = finished_record(settings)
+        kept = paths.results_dir(study) / "records" / record_name(settings)
+        if record is None and kept.is_file():
+            record = json.loads(kept.read_text(encoding="utf-8"))
+            record = record if still_holds(record, settings) else None
+        if record is not None:
+            found.append(record)
+    return found
+
+
+def record_name(settings: Study) -> str:
+    """Return the file name of a run's record in ``results/<study>/records``."""
+    return "__".join([settings.task, settings.train_set, settings.strategy, f"seed{settings.seed}.json"])
+
+
+def still_holds(record: Mapping[str, Any], settings: Study) -> bool:
+    """Return whether a record states the parameters that a run has now, and was made of the same cells and weights.
+
+    A parameter that was not there when the record was written does not count against it.
+    """
+    now = _plain(settings.section(TrainingParams))
+    stated = record["parameters"]
+    same = all(stated[key] == now[key] for key in now.keys() & stated.keys() - {"threads", "device"})
+    return same and record["inputs"] == inputs_of(settings)
 
 
 def rows_of(record: Mapping[str, Any]) -> pd.DataFrame:
@@ -125,11 +157,12 @@ def rows_of(record: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def collect(study: str) -> pd.DataFrame:
-    """Collect the finished runs of a study's grid into ``results/<study>``.
+    """Collect the runs of a study's grid (see `read_records`) into ``results/<study>``.
 
     Returns
     -------
-    The rows of ``results/<study>/metrics.csv``. The records are copied to ``results/<study>/records``.
+    The rows of ``results/<study>/metrics.csv``. The records are copied to ``results/<study>/records``, and the class
+    that each run predicted for each test cell to ``predictions.parquet`` (see `read_predictions`).
 
     Raises
     ------
@@ -146,11 +179,14 @@ def collect(study: str) -> pd.DataFrame:
         raise RecordError(msg)
     text = pd.concat([rows_of(record) for record in records]).to_csv(index=False, lineterminator="\n")
     folder = paths.results_dir(study)
+    predictions = _collect_predictions(study, {record["fingerprint"] for record in records})
+    with paths.atomic_path(folder / "predictions.parquet") as partial:
+        predictions.to_parquet(partial, index=False, compression="zstd")
     with paths.atomic_path(folder / "records") as partial:
         partial.mkdir()
         for record in records:
-            name = "__".join([record["task"], record["train_set"], record["strategy"], f"seed{record['seed']}"])
-            (partial / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            name = record_name(Study.model_construct(**{key: record[key] for key in grid.AXES.values()}))
+            (partial / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     paths.write_text(folder / "metrics.csv", text)
     return read_metrics(study)
 
@@ -175,6 +211,50 @@ def read_metrics(study: str) -> pd.DataFrame:
     return metrics
 
 
+def read_predictions(study: str) -> pd.DataFrame:
+    """Read the predicted class of each test cell in each run of a study, which paired comparisons need.
+
+    Returns
+    -------
+    task, train_set, strategy, seed, fingerprint, cell, label, predicted: one row a run and test cell.
+
+    Raises
+    ------
+    RecordError
+        The file is missing.
+    """
+    path = paths.results_dir(study) / "predictions.parquet"
+    if not path.is_file():
+        msg = f"{paths.shown(path)} does not exist; run `make report STUDY={study}`, which writes it."
+        raise RecordError(msg)
+    return pd.read_parquet(path)
+
+
+def _collect_predictions(study: str, fingerprints: set[str]) -> pd.DataFrame:
+    """Return the predicted classes of the runs with these fingerprints: from ``runs/``, else as kept before."""
+    parts = []
+    for settings in grid.runs(study):
+        record, table = finished_record(settings), paths.run_dir(settings) / "predictions.parquet"
+        if record is None or not table.is_file():
+            continue
+        scores = pd.read_parquet(table)
+        classes = scores.filter(like="probability:")
+        names = classes.columns.str.removeprefix("probability:").to_numpy()
+        sides = {key: getattr(settings, key) for key in ("task", "train_set", "strategy", "seed")}
+        predicted = names[classes.to_numpy().argmax(axis=1)]
+        part = scores[["cell", "label"]].assign(predicted=predicted, fingerprint=record["fingerprint"], **sides)
+        parts.append(part)
+    kept = paths.results_dir(study) / "predictions.parquet"
+    made = {fingerprint for part in parts for fingerprint in part["fingerprint"].unique()}
+    if kept.is_file():
+        old = pd.read_parquet(kept)
+        parts.insert(0, old[old["fingerprint"].isin(fingerprints - made)])
+    order = ["task", "train_set", "strategy", "seed", "fingerprint", "cell", "label", "predicted"]
+    parts = [part for part in parts if len(part)]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=order)
+    return table[order].astype({key: "category" for key in order if key != "seed"})
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Collect the finished runs of a study; end with 2 and one sentence when that cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m tuneformer.report.records", description=main.__doc__)
@@ -183,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         metrics = collect(study)
         asked = len(grid.runs(study))
-    except (RecordError, ParameterError) as error:
+    except (RecordError, ParameterError, catalog.CellsError) as error:
         print(error, file=sys.stderr)
         return 2
     runs, failed = metrics["fingerprint"], metrics["metric"].str.startswith("status:")

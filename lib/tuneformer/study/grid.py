@@ -1,19 +1,24 @@
-"""From a study to its runs: every task x train set x strategy x seed.
+"""From a study to its runs: every task x train set x strategy or baseline x seed.
 
-In: the name of a study. Out: the resolved settings of each of its runs; as a command, one line that counts them.
+In: the name of a study, or of a batch of several. Out: the resolved settings of each run; as a command, one line a
+study that counts them.
 """
 
 import argparse
 import sys
+from itertools import groupby
 
+from tuneformer.study import paths
 from tuneformer.study.params import ParameterError, Study, load_study
 
 AXES = {"tasks": "task", "train_sets": "train_set", "strategies": "strategy", "seeds": "seed"}
 """Keys of a study that span its grid, and the key that each sets in a run."""
+MAIN = "demo"
+DEFAULT, ALL = "default", "all"  # names of batches, so of no study
 
 
 def runs(study: str) -> list[Study]:
-    """List the runs of a study, task by task, in the order of its params file.
+    """List the runs of a study, task by task, in the order of its params file; baselines are runs like strategies.
 
     Parameters
     ----------
@@ -35,6 +40,8 @@ def runs(study: str) -> list[Study]:
         if not values:
             msg = f"params/{study}.yaml: {key} is empty, so the study has no runs; name at least one."
             raise ParameterError(msg)
+    for key in (*AXES, "baselines"):
+        values = getattr(first, key)
         repeated = [value for value in values if values.count(value) > 1]
         if repeated:
             msg = f"params/{study}.yaml: {key} names {repeated[0]!r} more than once; keep one."
@@ -43,9 +50,53 @@ def runs(study: str) -> list[Study]:
         settings.model_copy(update={"train_set": train_set, "strategy": strategy, "seed": seed})
         for settings in (load_study(study, task=task) for task in first.tasks)
         for train_set in first.train_sets
-        for strategy in first.strategies
+        for strategy in (*first.strategies, *first.baselines)
         for seed in first.seeds
     ]
+
+
+def batch(name: str) -> list[Study]:
+    """List the runs of a batch.
+
+    Parameters
+    ----------
+    name
+        ``default``: all runs of `MAIN`, and of each study with ``quick_train_sets`` those train sets with the first
+        seed. ``all``: all runs of these studies. Else the name of a study.
+
+    Returns
+    -------
+    The settings of each run, those of `MAIN` first.
+
+    Raises
+    ------
+    ParameterError
+        A study cannot be used, or ``quick_train_sets`` names one that is not in its grid.
+    """
+    if name not in (DEFAULT, ALL):
+        return runs(name)
+    listed = runs(MAIN)
+    for path in sorted(paths.PARAMS.glob("[!_]*.yaml")):
+        if path.stem != MAIN and load_study(path.stem).quick_train_sets:
+            listed += runs(path.stem) if name == ALL else quick_runs(path.stem)
+    return listed
+
+
+def quick_runs(study: str) -> list[Study]:
+    """List the runs of a study that the default batch makes again: its ``quick_train_sets`` with the first seed.
+
+    Raises
+    ------
+    ParameterError
+        As `runs`, or a quick train set is not in the grid.
+    """
+    listed = runs(study)
+    first = listed[0]
+    for name in first.quick_train_sets:
+        if name not in first.train_sets:
+            msg = f"params/{study}.yaml: quick_train_sets names {name!r}, which is not one of its train_sets."
+            raise ParameterError(msg)
+    return [run for run in listed if run.train_set in first.quick_train_sets and run.seed == first.seeds[0]]
 
 
 def describe(run: Study) -> str:
@@ -54,19 +105,33 @@ def describe(run: Study) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the size of a study's grid; end with 2 and one sentence when the study cannot be used."""
+    """Print the size of each study of a batch; end with 2 and one sentence when one cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m tuneformer.study.grid", description=main.__doc__)
-    parser.add_argument("study", help="name of a file in params/, without .yaml")
-    name = parser.parse_args(arguments).study
+    parser.add_argument("batch", help=f"name of a file in params/, without .yaml; or {DEFAULT}, or {ALL}")
+    name = parser.parse_args(arguments).batch
     try:
-        listed = runs(name)
+        listed = batch(name)
+        for study, own in groupby(listed, key=lambda run: run.study):
+            print(_size(runs(study), len(list(own))))
     except ParameterError as error:
         print(error, file=sys.stderr)
         return 2
-    sides = " x ".join(f"{len(getattr(listed[0], key))} {key.replace('_', ' ')}" for key in AXES)
-    print(f"Study {name}: {sides} = {len(listed)} runs")
     return 0
 
+
+def _size(listed: list[Study], asked: int) -> str:
+    """Say how the grid of a study spans its runs, and how many of them are asked for."""
+    first = listed[0]
+    counts = {key: len(getattr(first, key)) for key in (*AXES, "baselines")}
+    sides = {key: f"{n} {key if n > 1 else _ONE[key]}".replace("_", " ") for key, n in counts.items() if n}
+    baselines = sides.pop("baselines", None)
+    if baselines:
+        sides["strategies"] = f"({sides['strategies']} + {baselines})"
+    whole = f"Study {first.study}: {' x '.join(sides.values())} = {len(listed)} run{'s' if len(listed) > 1 else ''}"
+    return whole if asked == len(listed) else f"{whole}, {asked} of them in this batch"
+
+
+_ONE = AXES | {"baselines": "baseline"}
 
 if __name__ == "__main__":
     sys.exit(main())

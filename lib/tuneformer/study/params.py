@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tuneformer.study import paths
+from tuneformer.study import paths, train_sets
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
@@ -32,6 +32,7 @@ Strategy = Literal[
     "lora",
     "random_init",
 ]
+Baseline = Literal["majority", "logistic_counts", "logistic_ranks", "knn_pca", "frozen_embedding_ridge"]
 
 
 class ParameterError(ValueError):
@@ -59,6 +60,8 @@ class TaskParams(Section):
     """Share of the cells in the fixed test set."""
     validation_share: Share
     """Share of the remaining cells used for validation (1/9 gives train : validation = 8 : 1)."""
+    dose_column: str | None
+    """obs column with the dose of a cell; made cells stay within class and dose; null has no doses."""
     group_by: str | None
     """obs column whose groups (wells, donors) stay whole in one part of the split; null splits cells at random."""
 
@@ -92,7 +95,22 @@ class CellsParams(TaskParams):
     """Seed of the split into train, validation and test; the same for every run of a study."""
 
 
-class TokensParams(CellsParams):
+class TrainSetParams(CellsParams):
+    """From single cells to what a model is trained on (03_pseudobulk, 04_synthetic)."""
+
+    group_spread: Annotated[float, Field(ge=0)]
+    """Standard deviation of the size of a pseudo-bulk group, as a share of k."""
+    untreated_class: str
+    """Class whose cells alone give the variances of synthetic cells in train sets named ``_untreated``."""
+    synthetic_cells: Positive | None
+    """Synthetic cells of each class and dose; null makes as many as there are single cells."""
+    covariance_rank: Positive
+    """Factors that carry the correlations between genes in synthetic cells."""
+    padded_classes: list[str]
+    """Classes to which mixtures named ``_pad<n>`` add n cells each."""
+
+
+class TokensParams(TrainSetParams):
     """From cells to tokens (02_tokenize)."""
 
     checkpoint: str
@@ -124,6 +142,8 @@ class TrainingParams(TokensParams):
     """lora: scale of the update (alpha / rank multiplies it)."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW."""
+    learning_rates: dict[Strategy, Annotated[float, Field(gt=0)]]
+    """Peak learning rate of single strategies, as tuning found them; the others take learning_rate."""
     weight_decay: Annotated[float, Field(ge=0)]
     """Weight decay of AdamW."""
     epochs: Positive
@@ -132,6 +152,8 @@ class TrainingParams(TokensParams):
     """Cells per optimizer step."""
     warmup_steps: Annotated[int, Field(ge=0)]
     """Optimizer steps of linear warm-up."""
+    min_steps: Annotated[int, Field(ge=0)]
+    """Smallest number of optimizer steps of a run: with few cells the same cells are seen more often."""
     warmup_cap: Annotated[float, Field(gt=0, le=1)] | None
     """Largest share of a run's steps spent on warm-up; null takes warmup_steps literally."""
     early_stop: Positive | None
@@ -194,18 +216,24 @@ class Study(TrainingParams, PretrainingParams):
     """Train sets of the grid."""
     strategies: list[Strategy]
     """Strategies of the grid."""
+    baselines: list[Baseline]
+    """Simple classifiers on the same cells and seeds, which a strategy has to beat."""
     seeds: list[int]
     """Seeds of the grid: head initialisation, cell order, dropout and the draw of train_cells."""
+    quick_train_sets: list[Name]
+    """Train sets whose runs with the first seed belong to the default batch; [] leaves the study out of it."""
     task: Name
     """The task of this run."""
     train_set: Name
     """The train set of this run."""
-    strategy: Strategy
-    """The strategy of this run."""
+    strategy: Strategy | Baseline
+    """The strategy, or the baseline, of this run."""
     seed: int
     """The seed of this run."""
     expected_macro_f1: dict[Strategy, float]
-    """Reference of the mean test macro-F1 of a strategy, which 05 and 06 check; one without a reference is free."""
+    """Reference of the test macro-F1 of one run of a strategy, which 05 checks; one without a reference is free."""
+    expected_mean_macro_f1: dict[Strategy, float]
+    """Reference of the mean test macro-F1 of a strategy over all runs of the study, which 06 checks."""
     expected_tolerance: Annotated[float, Field(ge=0)]
     """Largest accepted distance to a reference: twice the seed-to-seed spread when it was recorded."""
 
@@ -214,6 +242,12 @@ class Study(TrainingParams, PretrainingParams):
         if self.dataset == "own" and not self.path:
             msg = "path: dataset is own, so path must name an h5ad file"
             raise ValueError(msg)
+        for name in (self.train_set, *self.train_sets):
+            try:
+                train_sets.parse(name)
+            except ValueError as error:
+                msg = f"train_sets: {error}"
+                raise ValueError(msg) from error
         if self.select_column is None and self.select_values:
             msg = "select_values: needs select_column, the obs column in which the values stand"
             raise ValueError(msg)
@@ -223,6 +257,11 @@ class Study(TrainingParams, PretrainingParams):
     def simulated(self) -> bool:
         """Whether the cells are simulated, which every document that shows their numbers has to say."""
         return self.dataset == "demo"
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Peak learning rate of this run's strategy."""
+        return self.learning_rates.get(self.strategy, self.learning_rate)
 
     def section(self, part: type[Section]) -> dict[str, Any]:
         """Return the keys of one section (such as `CellsParams`) with their values."""
@@ -331,7 +370,7 @@ def load_study(name: str, **changes: Any) -> Study:
         _refuse_unknown(whole, f"params/{task}.yaml")
         from_task = {key: value for key, value in whole.items() if key in TASK_KEYS}
     if set(changes) - UNDER_REFERENCE:  # a reference holds for a study as its files state it
-        changes = {"expected_macro_f1": {}, **changes}
+        changes = {"expected_macro_f1": {}, "expected_mean_macro_f1": {}, **changes}
     layers = {
         "params/_base.yaml": base,
         f"params/{task}.yaml": from_task,

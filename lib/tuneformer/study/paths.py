@@ -53,9 +53,14 @@ def train_set_dir(settings: "Study") -> Path:
     return task_dir(settings) / settings.train_set
 
 
+def is_made(settings: "Study") -> bool:
+    """Return whether a run's train set is made of its cells, anew for each seed, and is not the cells themselves."""
+    return settings.train_set != "single_cell"
+
+
 def tokens_path(settings: "Study") -> Path:
-    """Return the folder of tokens that 02_tokenize writes (``datasets.save_to_disk`` format)."""
-    return train_set_dir(settings) / "tokens"
+    """Return the folder of a run's tokens (``datasets.save_to_disk`` format); of made cells, one for each seed."""
+    return train_set_dir(settings) / (f"tokens_seed{settings.seed}" if is_made(settings) else "tokens")
 
 
 def run_dir(settings: "Study") -> Path:

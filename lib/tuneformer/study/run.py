@@ -112,6 +112,8 @@ def executed_path(notebook: str, settings: Study) -> Path:
         "00": paths.RUNS / settings.study,
         "01": paths.task_dir(settings),
         "02": paths.train_set_dir(settings),
+        "03": paths.task_dir(settings),
+        "04": paths.task_dir(settings),
         "05": paths.run_dir(settings),
         "06": paths.RUNS / settings.study,
     }
@@ -204,15 +206,15 @@ def progress_line(settings: Study, record: dict[str, Any], *, took: str) -> str:
 
     Returns
     -------
-    Such as ``[12/81] drug_5class single_cell full seed 0: macro-F1 0.573, 8 s``: so many of all runs of the grid are
-    finished. A run outside the grid has no such numbers, a failed one its status in place of a score.
+    Such as ``demo [12/45] drug_5class single_cell full seed 0: macro-F1 0.573, 8 s``: so many of all runs of the study
+    are finished. A run outside the grid has no such numbers, a failed one its status in place of a score.
     """
     is_ok = record["status"] == "ok"
     judged = f"macro-F1 {record['metrics']['macro_f1']:.3f}" if is_ok else record["status"]
     runs = grid.runs(settings.study)
     finished = sum(finished_record(run) is not None for run in runs)
     is_asked = grid.describe(settings) in map(grid.describe, runs)
-    position = f"[{finished}/{len(runs)}] " if is_asked else ""
+    position = f"{settings.study} [{finished}/{len(runs)}] " if is_asked else ""
     return f"{position}{grid.describe(settings)}: {judged}, {took}"
 
 

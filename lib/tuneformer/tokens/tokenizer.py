@@ -5,7 +5,7 @@ code reads as well, and tables that say what of the cells it holds.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -169,8 +169,16 @@ def carried(settings: Study) -> dict[str, str]:
     return CARRIED | ({"group": settings.group_by} if settings.group_by else {})
 
 
-def write_tokens(settings: Study, cells: "ad.AnnData", vocabulary: Vocabulary, dataset: datasets.Dataset) -> Tokens:
-    """Write dataset, ``vocabulary.parquet`` and ``tokens.json`` as one folder, whole or not at all.
+def write_tokens(
+    settings: Study,
+    cells: "ad.AnnData",
+    vocabulary: Vocabulary,
+    dataset: datasets.Dataset,
+    *,
+    step_cells: int | None = None,
+    sources: Iterable[str] = (),
+) -> Tokens:
+    """Write dataset, ``vocabulary.parquet``, ``sources.txt`` and ``tokens.json`` as one folder, whole or not at all.
 
     Parameters
     ----------
@@ -180,6 +188,10 @@ def write_tokens(settings: Study, cells: "ad.AnnData", vocabulary: Vocabulary, d
         What `dataset` was made of; the classes are the categories of ``obs["label"]``.
     dataset
         As `tokenize` makes it.
+    step_cells
+        Number of cells by which the optimizer steps of a run are counted; None counts its training cells.
+    sources
+        Names of the real cells that made cells were made from; none for single cells.
     """
     classes = list(cells.obs["label"].cat.categories)
     provenance = {
@@ -189,32 +201,25 @@ def write_tokens(settings: Study, cells: "ad.AnnData", vocabulary: Vocabulary, d
         "split": fingerprint(list(dataset["cell"]), list(dataset["split"])),
         "classes": classes,
         "n_cells": len(dataset),
+        "step_cells": step_cells,
     }
     with paths.atomic_path(paths.tokens_path(settings)) as partial:
         dataset.save_to_disk(partial)
         vocabulary.write(partial)
+        paths.write_text(partial / "sources.txt", "".join(f"{name}\n" for name in sources))
         paths.write_text(partial / "tokens.json", json.dumps(provenance, indent=1) + "\n")
     return Tokens(dataset=dataset, vocabulary=vocabulary, classes=classes, provenance=provenance)
 
 
-def prepare_tokens(settings: Study) -> Tokens:
-    """Load the tokens of a task, or make and write them if there are none for these very parameters and cells.
-
-    Raises
-    ------
-    ValueError
-        As `tokenize`, `task_vocabulary`, `task_length`, and `tuneformer.data.preprocessing.prepare_cells`.
-    """
+def read_tokens(settings: Study) -> Tokens | None:
+    """Read the tokens of a run's train set; None if there are none for these very parameters and cells."""
     folder = paths.tokens_path(settings)
-    if (folder / "tokens.json").is_file():
-        provenance = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
-        if provenance["fingerprint"] == _fingerprint(settings):
-            dataset = datasets.load_from_disk(folder)
-            return Tokens(dataset, Vocabulary.read(folder), provenance["classes"], provenance)
-    cells = preprocessing.prepare_cells(settings)
-    vocabulary = task_vocabulary(settings, cells)
-    dataset = tokenize(cells, vocabulary, max_length=task_length(settings), carry=carried(settings))
-    return write_tokens(settings, cells, vocabulary, dataset)
+    if not (folder / "tokens.json").is_file():
+        return None
+    provenance = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+    if provenance["fingerprint"] != _fingerprint(settings):
+        return None
+    return Tokens(datasets.load_from_disk(folder), Vocabulary.read(folder), provenance["classes"], provenance)
 
 
 def vocabulary_share(adata: "ad.AnnData", vocabulary: Vocabulary) -> pd.DataFrame:
@@ -314,7 +319,8 @@ def top_genes(
 def _fingerprint(settings: Study) -> str:
     checkpoint = Vocabulary.read(paths.checkpoint_dir(settings.checkpoint))
     parts = settings.section(TokensParams), preprocessing.cells_fingerprint(settings), checkpoint.hash
-    return fingerprint("tokens", *parts, task_length(settings))
+    made = [settings.train_set, settings.seed, settings.train_cells] if paths.is_made(settings) else []
+    return fingerprint("tokens", *parts, task_length(settings), *made)
 
 
 def _encode(adata: "ad.AnnData", vocabulary: Vocabulary, max_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -53,6 +53,11 @@ def test_selective_refuses_more_layers_than_there_are(planned):
         planned(strategy="selective", freeze_layers=3)
 
 
+def test_a_baseline_is_not_fine_tuned(planned):
+    with pytest.raises(ParameterError, match=r"knn_pca is a baseline.*baseline_runs --study tiny --task drug_5class"):
+        planned(strategy="knn_pca")
+
+
 def test_lp_ft_has_two_phases(planned):
     _, _, plan = planned(strategy="lp_ft", epochs=4, head_share=0.5)
     assert learning_by_epoch(plan, 4) == [sorted(HEAD)] * 2 + [sorted(BODY + HEAD)] * 2

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from tuneformer.data import splits
+from tuneformer.data.readers import CellsError
 from tuneformer.finetune import checkpoints, hardware, strategies, training
 from tuneformer.study import paths
 from tuneformer.study.params import ParameterError, Strategy
@@ -275,7 +277,7 @@ def test_cells_are_drawn_by_class_and_seed(run_settings, tokens):
 @pytest.mark.parametrize("n", [4, 7, 20, 49])
 def test_draw_keeps_every_class(n):
     labels = np.repeat(["a", "b", "c", "d"], [26, 20, 3, 1])
-    chosen = training._draw_stratified(labels, n, np.random.default_rng(0))
+    chosen = splits.draw_stratified(labels, n, np.random.default_rng(0))
     assert len(chosen) == len(set(chosen)) == n
     assert set(labels[chosen]) == {"a", "b", "c", "d"}
 
@@ -283,7 +285,7 @@ def test_draw_keeps_every_class(n):
 def test_a_class_without_cells_is_refused(run_settings, tokens, swap_test_labels):
     with pytest.raises(training.TrainingDataError, match=r"Class 'a' has no test cells"):
         training.finetune(run_settings(), swap_test_labels(tokens, {"a": "b", "b": "b"}))
-    with pytest.raises(training.TrainingDataError, match=r"train_cells: 1 is less than one for each of 2 classes"):
+    with pytest.raises(CellsError, match=r"train_cells: 1 is less than one for each of 2 classes"):
         training.finetune(run_settings(train_cells=1), tokens)
 
 
