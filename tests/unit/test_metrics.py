@@ -1,10 +1,23 @@
 """Scores of a run: checked by hand and against one another."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from tuneformer.evaluate.metrics import ScoreError, confusion_table, score
+from tuneformer.data.simulate import simulate_sciplex2
+from tuneformer.evaluate.metrics import (
+    ScoreError,
+    confusion_table,
+    coverage_curve,
+    dose_values,
+    reliability_curve,
+    score,
+    score_run,
+)
+from tuneformer.finetune.training import Outcome
+from tuneformer.study.params import load_study
 
 CLASSES = ["b", "a"]
 # true b: 3 cells, predicted b, b, a; true a: 1 cell, predicted a
@@ -12,8 +25,19 @@ LABELS = ["b", "b", "b", "a"]
 PROBABILITIES = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
 
 
-def scored(labels=LABELS, probabilities=PROBABILITIES, classes=CLASSES):
-    return score(labels, probabilities, classes).set_index("metric")["value"]
+def scored(labels=LABELS, probabilities=PROBABILITIES, classes=CLASSES, **options):
+    return score(labels, probabilities, classes, **options).set_index("metric")["value"]
+
+
+def made_up(n=200, n_classes=4, digits=2, seed=0):
+    """Labels and probabilities that know something of them; rounded, so that confidences are tied."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.integers(n_classes, size=n)
+    odds = np.exp(rng.normal(size=(n, n_classes)) + 1.5 * np.eye(n_classes)[numbers])
+    probabilities = (odds / odds.sum(axis=1, keepdims=True)).round(digits)
+    probabilities[:, 0] = 1 - probabilities[:, 1:].sum(axis=1)
+    classes = [f"class {number}" for number in range(n_classes)]
+    return np.array(classes)[numbers], np.abs(probabilities), classes
 
 
 def test_scores_by_hand():
@@ -23,12 +47,200 @@ def test_scores_by_hand():
     assert found["macro_f1"] == pytest.approx((2 * 1 * (2 / 3) / (5 / 3) + 2 * 0.5 * 1 / 1.5) / 2)
     assert found["recall:b"] == pytest.approx(2 / 3)
     assert found["recall:a"] == 1
+    assert (found["precision:b"], found["precision:a"]) == (1, 1 / 2)
+    assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["weighted_f1"] == pytest.approx((3 * 0.8 + 2 / 3) / 4)
+    # b ranks 0.9 b, 0.6 b, 0.3 a, 0.2 b: 2 of 3 pairs in order; a ranks the other way round, with the same pairs
+    assert found["macro_auroc"] == pytest.approx(2 / 3)
+    # precision at each cell found, b: 1, 1, 3/4; a, in the ranking 0.8 b, 0.7 a, ...: 1/2
+    assert found["macro_average_precision"] == pytest.approx(((1 + 1 + 3 / 4) / 3 + 1 / 2) / 2)
+    assert found["log_loss"] == pytest.approx(-np.log(0.9 * 0.6 * 0.2 * 0.7) / 4)
+    # confidences 0.9 right, 0.6 right, 0.8 wrong, 0.7 right, each in a bin of its own
+    assert found["expected_calibration_error"] == pytest.approx((0.1 + 0.4 + 0.8 + 0.3) / 4)
+    # wrong among the first 1, 2, 3, 4 cells: 0, 1, 1, 1
+    assert found["area_under_risk_coverage"] == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
     assert found.filter(like="confusion:").to_dict() == {
         "confusion:b:b": 2,
         "confusion:b:a": 1,
         "confusion:a:b": 0,
         "confusion:a:a": 1,
     }
+
+
+def test_the_rows_keep_their_order():
+    doses = {"classes": ["1 uM", "2 uM"], "labels": ["1 uM", "2 uM"], "probabilities": np.eye(2)}
+    rows = list(scored(**doses, doses=np.array([1, 2])).index)
+    of_doses = ["quadratic_weighted_kappa", "mean_absolute_error_log10_dose"]
+    assert rows[:11] == [
+        "accuracy",
+        "macro_f1",
+        "balanced_accuracy",
+        "weighted_f1",
+        "macro_auroc",
+        "macro_average_precision",
+        "log_loss",
+        "expected_calibration_error",
+        "area_under_risk_coverage",
+        *of_doses,
+    ]
+    assert rows[11:16] == ["precision:1 uM", "precision:2 uM", "recall:1 uM", "recall:2 uM", "confusion:1 uM:1 uM"]
+    assert list(scored(**doses).index) == [row for row in rows if row not in of_doses]
+
+
+def test_scores_of_many_cells_by_their_definitions():
+    labels, probabilities, classes = made_up()
+    found = scored(labels, probabilities, classes, doses=[1, 10, 100, 1000])
+    confidence = probabilities.max(axis=1)
+    right = np.array(classes)[probabilities.argmax(axis=1)] == labels
+    assert len(set(confidence)) < len(confidence)
+    aurocs, precisions = [], []
+    for number, name in enumerate(classes):
+        is_class, values = labels == name, probabilities[:, number]
+        pairs = [np.sign(a - b) for a in values[is_class] for b in values[~is_class]]
+        aurocs.append((1 + np.mean(pairs)) / 2)  # the share of pairs in order; a tie is half
+        at_least = [values >= threshold for threshold in values[is_class]]
+        precisions.append(np.mean([is_class[taken].mean() for taken in at_least]))
+    assert found["macro_auroc"] == pytest.approx(np.mean(aurocs))
+    assert found["macro_average_precision"] == pytest.approx(np.mean(precisions))
+    risks = [1 - right[confidence >= threshold].mean() for threshold in confidence]
+    assert found["area_under_risk_coverage"] == pytest.approx(np.mean(risks))
+    error = 0
+    for low in range(15):
+        taken = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if taken.any():
+            error += taken.mean() * abs(right[taken].mean() - confidence[taken].mean())
+    assert found["expected_calibration_error"] == pytest.approx(error)
+    numbers = np.array([classes.index(name) for name in labels])
+    off = probabilities.argmax(axis=1) - numbers
+    by_chance = [(a - b) ** 2 for a, b in itertools.product(probabilities.argmax(axis=1), numbers)]
+    assert found["quadratic_weighted_kappa"] == pytest.approx(1 - np.mean(off**2) / np.mean(by_chance))
+    assert found["mean_absolute_error_log10_dose"] == pytest.approx(np.abs(off).mean())
+
+
+def test_perfect_predictions():
+    classes = ["0.25 uM", "2.5 uM", "25 uM"]
+    found = scored(classes * 5, np.tile(np.eye(3), (5, 1)), classes, doses=dose_values(classes))
+    best = {"log_loss": 0, "expected_calibration_error": 0, "area_under_risk_coverage": 0}
+    best["mean_absolute_error_log10_dose"] = 0
+    overall = found[: list(found.index).index("recall:0.25 uM")]
+    assert overall.to_dict() == pytest.approx({name: best.get(name, 1) for name in overall.index}, abs=1e-12)
+
+
+def test_predictions_that_know_only_the_class_sizes():
+    """The same probabilities for every cell: honest, the entropy of the classes, no ranking, no use in abstaining."""
+    labels, shares = ["a"] * 60 + ["b"] * 30 + ["c"] * 10, [0.6, 0.3, 0.1]
+    found = scored(labels, np.tile(shares, (100, 1)), ["a", "b", "c"], doses=[1, 2, 3])
+    assert found["macro_auroc"] == 0.5
+    assert found["macro_average_precision"] == pytest.approx(np.mean(shares))
+    assert found["log_loss"] == pytest.approx(-np.dot(shares, np.log(shares)))
+    assert found["expected_calibration_error"] == pytest.approx(0, abs=1e-12)
+    assert found["area_under_risk_coverage"] == pytest.approx(0.4)
+    assert found["balanced_accuracy"] == pytest.approx(1 / 3)
+    assert found["weighted_f1"] == pytest.approx(0.6 * 2 * 0.6 / 1.6)
+    assert found["quadratic_weighted_kappa"] == 0
+    assert found["precision:a"] == 0.6
+    assert np.isnan(found["precision:b"])
+
+
+def test_random_predictions_are_at_chance():
+    """The standard error of an AUROC at chance is at most sqrt((n + 1) / (12 p q)) of n = p + q cells: 5 of them."""
+    rng = np.random.default_rng(0)
+    labels, classes = np.repeat(["a", "b", "c"], 1000), ["a", "b", "c"]
+    found = scored(labels, rng.dirichlet(np.ones(3), 3000), classes, doses=[1, 2, 3])
+    assert abs(found["macro_auroc"] - 1 / 2) < 5 * np.sqrt(3001 / (12 * 1000 * 2000))
+    assert abs(found["accuracy"] - 1 / 3) < 5 * np.sqrt(2 / 9 / 3000)
+    assert abs(found["quadratic_weighted_kappa"]) < 5 / np.sqrt(3000)
+    assert abs(found["area_under_risk_coverage"] - 2 / 3) < 0.05
+    # the probability of the true class is beta(1, 2), whose mean of -ln is 1 + 1 / 2, with variance 1 + 1 / 4
+    assert abs(found["log_loss"] - 1.5) < 5 * np.sqrt(1.25 / 3000)
+
+
+def test_a_sure_mistake_costs_36_nats():
+    assert scored(["a", "b"], np.eye(2)[::-1], ["a", "b"])["log_loss"] == pytest.approx(-np.log(np.finfo(float).eps))
+    assert scored(["a", "b"], np.eye(2)[::-1], ["a", "b"])["macro_auroc"] == 0
+
+
+def test_probabilities_in_single_precision_are_scored_alike():
+    labels, probabilities, classes = made_up(digits=9)
+    pd.testing.assert_series_equal(
+        scored(labels, probabilities.astype(np.float32), classes), scored(labels, probabilities, classes), rtol=1e-5
+    )
+
+
+def test_what_a_test_set_cannot_say_is_nan():
+    """Warnings are errors here, and scikit-learn warns of each of these."""
+    absent = scored(["a", "b"], np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]), ["a", "b", "rare"], doses=[1, 2, 3])
+    missing = ["macro_auroc", "macro_average_precision", "precision:rare", "recall:rare"]
+    assert list(absent.index[absent.isna()]) == missing
+    assert (absent["balanced_accuracy"], absent["weighted_f1"], absent["quadratic_weighted_kappa"]) == (1, 1, 1)
+    one = scored(["a", "a"], np.array([[0.8, 0.2], [0.6, 0.4]]), ["a", "b"], doses=[1, 2])
+    undefined = ["macro_auroc", "macro_average_precision", "quadratic_weighted_kappa", "precision:b", "recall:b"]
+    assert list(one.index[one.isna()]) == undefined
+    alone = scored(["a", "a"], np.ones((2, 1)), ["a"], doses=[1])
+    no_other = ["macro_auroc", "macro_average_precision", "log_loss", "quadratic_weighted_kappa"]
+    assert list(alone.index[alone.isna()]) == no_other
+    assert alone["confusion:a:a"] == 2
+
+
+def test_doses_are_read_from_the_names_of_classes():
+    for task, doses in {"nutlin_4class": [0.25, 2.5, 25, 125], "nutlin_2class": [0, 25]}.items():
+        assert dose_values(load_study("demo", task=task).classes).tolist() == doses
+    cells = simulate_sciplex2(500, seed=0).obs.dropna()
+    labels = cells["dose_label"].astype(str).unique()
+    by_label = cells.groupby("dose_label", observed=True)["dose_um"].first()
+    np.testing.assert_allclose(dose_values(labels), by_label[labels])
+    assert dose_values(["1e-3 mM", "500 nM", "2uM", "3 µM", "4 μM", "5 pM", "6 M"]) == pytest.approx(
+        [1, 0.5, 2, 3, 4, 5e-6, 6e6]
+    )
+    for names in (["Untreated", "25 uM"], ["24 h", "48 h"], ["0.25", "2.5"], ["-1 uM", "1 uM"], ["25 uM Nutlin"]):
+        assert dose_values(names) is None
+
+
+def test_doses_are_ordered_by_their_size_and_compared_in_powers_of_ten():
+    classes = ["25 uM", "0.25 uM", "2.5 uM"]
+    predicted = np.eye(3)[[1, 0, 2, 2]]
+    labels = ["0.25 uM", "0.25 uM", "2.5 uM", "25 uM"]  # right, two decades too high, right, one too low
+    found = scored(labels, predicted, classes, doses=dose_values(classes))
+    assert found["mean_absolute_error_log10_dose"] == pytest.approx((0 + 2 + 0 + 1) / 4)
+    # places 0 0 1 2, predicted 0 2 1 1: squares off 0 4 0 1; all 16 pairs: 0 4 1 1, twice; 1 1 0 0; 4 0 1 1
+    assert found["quadratic_weighted_kappa"] == pytest.approx(1 - (5 / 4) / ((6 + 6 + 2 + 6) / 16))
+
+
+def test_a_vehicle_class_is_ordered_but_has_no_logarithm():
+    classes = ["0 uM", "25 uM"]
+    found = scored(["0 uM", "0 uM", "25 uM", "25 uM"], np.eye(2)[[0, 1, 1, 1]], classes, doses=dose_values(classes))
+    assert "mean_absolute_error_log10_dose" not in found
+    assert found["quadratic_weighted_kappa"] == pytest.approx((3 / 4 - 1 / 2) / (1 - 1 / 2))  # Cohen's, of two classes
+
+
+@pytest.mark.parametrize("classes", [["0.25 uM", "2.5 uM"], ["Untreated", "Nutlin"]])
+def test_a_run_on_doses_is_scored_as_such(classes):
+    predictions = pd.DataFrame({"cell": ["x", "y"], "label": classes})
+    predictions[[f"probability:{name}" for name in classes]] = np.array([[0.9, 0.1], [0.6, 0.4]])
+    outcome = Outcome("ok", "", "", classes, pd.DataFrame(), 1, {}, 2, 2, 2, predictions)
+    found = score_run(outcome).set_index("metric")["value"]
+    assert found.get("mean_absolute_error_log10_dose") == (0.5 if classes[0] == "0.25 uM" else None)
+    assert ("quadratic_weighted_kappa" in found) == (classes[0] == "0.25 uM")
+
+
+def test_reliability_curve_by_hand():
+    probabilities = np.array([[0.5, 0.5], [0.6, 0.4], [0.75, 0.25], [0.1, 0.9], [1, 0]])
+    table = reliability_curve(["a", "b", "a", "b", "b"], probabilities, ["a", "b"], bins=4)
+    assert table["low"].tolist() == [0, 0.25, 0.5, 0.75]
+    assert table["high"].tolist() == [0.25, 0.5, 0.75, 1]
+    assert table["cells"].tolist() == [0, 1, 2, 2]  # an edge belongs to the bin below it
+    np.testing.assert_allclose(table["confidence"], [np.nan, 0.5, (0.6 + 0.75) / 2, (0.9 + 1) / 2])
+    np.testing.assert_allclose(table["accuracy"], [np.nan, 1, 1 / 2, 1 / 2])
+
+
+def test_coverage_curve_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.8, 0.2], [0.4, 0.6]])
+    table = coverage_curve(["a", "a", "a", "b"], probabilities, ["a", "b"])
+    assert table["threshold"].tolist() == [0.9, 0.8, 0.6]  # two cells at 0.8, one of them wrong, come together
+    assert table["coverage"].tolist() == [1 / 4, 3 / 4, 1]
+    np.testing.assert_allclose(table["accuracy"], [1, 2 / 3, 3 / 4])
+    with pytest.raises(ScoreError, match="no class of this run: z"):
+        coverage_curve(["z"], np.array([[1.0, 0.0]]), ["a", "b"])
 
 
 def test_macro_f1_counts_every_class_the_same():

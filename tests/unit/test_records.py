@@ -223,5 +223,5 @@ def test_predicted_classes_are_kept_for_paired_comparisons(study):
     pd.testing.assert_frame_equal(
         again.astype(str).sort_values(keys, ignore_index=True), table.astype(str).sort_values(keys, ignore_index=True)
     )
-    with pytest.raises(records.RecordError, match="demo/predictions.parquet does not exist; run"):
+    with pytest.raises(records.RecordError, match=r"demo/predictions\.parquet does not exist; run"):
         records.read_predictions("demo")

@@ -1,1 +1,1 @@
-"""The judgement: metrics and statistics."""
+"""The judgement: metrics, baselines, comparisons, leakage."""

@@ -86,7 +86,7 @@ def load_classifier(settings: Study, vocabulary: Vocabulary, classes: list[str])
         No BERT configuration, no weights, or weights with other names or shapes than those of a ``BertForMaskedLM``.
     """
     folder = paths.checkpoint_dir(settings.checkpoint)
-    config = _read_config(folder)
+    config = read_config(folder)
     rows = config.vocab_size
     config.update(
         {
@@ -116,7 +116,7 @@ def transfer_table(settings: Study, vocabulary: Vocabulary) -> pd.DataFrame:
     genes = vocabulary.genes["ensembl_id"]
     available = {
         "gene embeddings": (int(genes.isin(Vocabulary.read(folder).genes["ensembl_id"]).sum()), len(genes)),
-        "encoder layers": (_read_config(folder).num_hidden_layers,) * 2,
+        "encoder layers": (read_config(folder).num_hidden_layers,) * 2,
         "pooler and classifier": (0, 2),
     }
     taken = {part: 0 if settings.strategy == "random_init" else known for part, (known, _) in available.items()}
@@ -124,7 +124,8 @@ def transfer_table(settings: Study, vocabulary: Vocabulary) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=["from the checkpoint", "new"])
 
 
-def _read_config(folder: Path) -> BertConfig:
+def read_config(folder: Path) -> BertConfig:
+    """Read the configuration of a checkpoint; `CheckpointError` if there is none, or it is not that of a BERT."""
     path = folder / "config.json"
     try:
         values, _ = BertConfig.get_config_dict(folder, local_files_only=True)

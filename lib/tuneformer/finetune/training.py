@@ -75,7 +75,7 @@ class Outcome:
 
 
 @dataclass
-class _Log:
+class RunLog:
     """What a run has done so far; kept outside the trainer, so that a run that fails still has it."""
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -119,10 +119,10 @@ def finetune(settings: Study, tokens: Tokens) -> Outcome:
     if finished is not None:
         return finished
     drawn = draw_cells(settings, tokens)
-    cells = {split: _read_cells(tokens, rows) for split, rows in drawn.items()}
+    cells = {split: read_cells(tokens, rows) for split, rows in drawn.items()}
     for name in ("record.json", "outcome.json", "predictions.parquet"):  # of another run, which this one replaces
         (paths.run_dir(settings) / name).unlink(missing_ok=True)
-    log, status, reason = _Log(), "ok", ""
+    log, status, reason = RunLog(), "ok", ""
     probabilities = np.empty((0, len(tokens.classes)))
     try:
         probabilities = _train(settings, tokens, cells, log)
@@ -199,7 +199,8 @@ def optimizer_steps(settings: Study, tokens: Tokens, n_train: int) -> int:
     """Return the optimizer steps of a run: ``epochs`` passes over its training cells in batches of ``batch_size``.
 
     A train set named ``_steps`` takes the steps of so many cells as it says in its ``step_cells`` instead, and no run
-    takes fewer than ``min_steps``. An "epoch" of the log is then the same share of the steps, not a pass over the cells.
+    takes fewer than ``min_steps``. An "epoch" of the log is then the same share of the steps, not a pass over the
+    cells.
     """
     n_cells = tokens.provenance.get("step_cells") or n_train
     steps = -(-n_cells // settings.batch_size) * settings.epochs
@@ -236,7 +237,7 @@ class ClassifierTrainer(Trainer):
         Of the Trainer.
     """
 
-    def __init__(self, settings: Study, plan: strategies.Plan, log: _Log, **arguments: Any) -> None:
+    def __init__(self, settings: Study, plan: strategies.Plan, log: RunLog, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.settings, self.plan, self.log_of_run = settings, plan, log
         self.learning: frozenset[str] | None = None
@@ -331,7 +332,7 @@ class ClassifierTrainer(Trainer):
 
 
 def make_trainer(
-    settings: Study, tokens: Tokens, cells: dict[str, list[dict[str, Any]]], log: _Log, *, accumulate: int = 1
+    settings: Study, tokens: Tokens, cells: dict[str, list[dict[str, Any]]], log: RunLog, *, accumulate: int = 1
 ) -> ClassifierTrainer:
     """Build model, optimizer, schedule and trainer of a run.
 
@@ -386,7 +387,7 @@ def make_trainer(
     return trainer
 
 
-def _train(settings: Study, tokens: Tokens, cells: dict[str, list[dict[str, Any]]], log: _Log) -> np.ndarray:
+def _train(settings: Study, tokens: Tokens, cells: dict[str, list[dict[str, Any]]], log: RunLog) -> np.ndarray:
     """Train, and return the probabilities of the test cells, (test cells, classes); fills `log`."""
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     hardware.prepare(settings)
@@ -422,12 +423,13 @@ def _cost(trainer: ClassifierTrainer, *, wall: float, cpu: float) -> dict[str, A
         ),
         "total_parameters": sum(weight.numel() for weight in model.parameters()),
         "flops": sum(flops),
-        "device": _device_name(device, bf16=trainer.args.bf16),
+        "device": device_name(device, bf16=trainer.args.bf16),
         **hardware.peak_memory(device),
     }
 
 
-def _device_name(device: torch.device, *, bf16: bool) -> str:
+def device_name(device: torch.device, *, bf16: bool) -> str:
+    """Return what computed a run, and in which arithmetic, as its record says it."""
     arithmetic = "bf16" if bf16 else "fp32"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {arithmetic}"
@@ -444,7 +446,7 @@ def _as_failure(error: Exception) -> TrainingFailed:
     raise error
 
 
-def _read_cells(tokens: Tokens, rows: np.ndarray) -> list[dict[str, Any]]:
+def read_cells(tokens: Tokens, rows: np.ndarray) -> list[dict[str, Any]]:
     """Return cells as the collator takes them, in memory."""
     table = tokens.dataset.select(rows).select_columns(["input_ids", "label"]).with_format("arrow")[:]
     number = {name: place for place, name in enumerate(tokens.classes)}

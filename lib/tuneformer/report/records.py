@@ -143,7 +143,7 @@ def still_holds(record: Mapping[str, Any], settings: Study) -> bool:
     now = _plain(settings.section(TrainingParams))
     stated = record["parameters"]
     same = all(stated[key] == now[key] for key in now.keys() & stated.keys() - {"threads", "device"})
-    return same and record["inputs"] == inputs_of(settings)
+    return same and record.get("inputs") == inputs_of(settings)
 
 
 def rows_of(record: Mapping[str, Any]) -> pd.DataFrame:

@@ -290,8 +290,8 @@ def _construct_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
     return float(loader.construct_scalar(node))
 
 
-_EXPONENT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-_UniqueKeyLoader.add_implicit_resolver("!exponent", _EXPONENT, list("-+0123456789"))
+EXPONENT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_UniqueKeyLoader.add_implicit_resolver("!exponent", EXPONENT, list("-+0123456789"))
 _UniqueKeyLoader.add_constructor("!exponent", _construct_number)
 
 

@@ -19,7 +19,7 @@ from tuneformer.study.params import ParameterError, Strategy
 
 def cells_of(tokens, settings):
     drawn = training.draw_cells(settings, tokens)
-    return {split: training._read_cells(tokens, rows) for split, rows in drawn.items()}
+    return {split: training.read_cells(tokens, rows) for split, rows in drawn.items()}
 
 
 class Watch(TrainerCallback):
@@ -37,7 +37,7 @@ class Watch(TrainerCallback):
 @pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_only_the_groups_of_the_plan_move_in_each_step(strategy, run_settings, tokens):
     settings = run_settings(strategy=strategy, epochs=4, warmup_steps=0, weight_decay=0.1, freeze_layers=1)
-    trainer = training.make_trainer(settings, tokens, cells_of(tokens, settings), training._Log())
+    trainer = training.make_trainer(settings, tokens, cells_of(tokens, settings), training.RunLog())
     watch = Watch()
     trainer.add_callback(watch)
     trainer.train()
@@ -53,7 +53,7 @@ def test_the_head_starts_the_same_for_every_strategy(run_settings, tokens):
     heads = []
     for strategy in ("full", "lora", "random_init"):
         settings = run_settings(strategy=strategy)
-        trainer = training.make_trainer(settings, tokens, cells_of(tokens, settings), training._Log())
+        trainer = training.make_trainer(settings, tokens, cells_of(tokens, settings), training.RunLog())
         torch.manual_seed(len(strategy))  # as if the strategy had drawn other numbers by then
         order = list(trainer._get_train_sampler())
         heads.append((trainer.model.classifier.weight.detach(), trainer.model.bert.pooler.dense.weight.detach(), order))
@@ -135,7 +135,7 @@ def test_accumulated_gradients_give_the_same_step(run_settings, tokens):
     norms = {}
     for accumulate in (1, 4):
         trainer = training.make_trainer(
-            settings, tokens, cells_of(tokens, settings), training._Log(), accumulate=accumulate
+            settings, tokens, cells_of(tokens, settings), training.RunLog(), accumulate=accumulate
         )
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -248,7 +248,7 @@ def test_warmup_is_capped(run_settings, changes, expected):
 
 def test_learning_rate_rises_for_the_capped_steps_only(run_settings, tokens):
     settings = run_settings(epochs=5, warmup_steps=500, warmup_cap=0.1, learning_rate=1e-3)
-    trainer = training.make_trainer(settings, tokens, cells_of(tokens, settings), training._Log())
+    trainer = training.make_trainer(settings, tokens, cells_of(tokens, settings), training.RunLog())
     rates = []
     for _ in range(20):
         rates.append(trainer.lr_scheduler.get_last_lr()[0])

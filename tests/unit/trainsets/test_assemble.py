@@ -1,4 +1,4 @@
-"""Train sets as runs meet them: real test cells in each, made of no test cell, the same for a seed, and refused plainly."""
+"""Train sets as runs meet them: real test cells, made of no test cell, the same for a seed, and refused plainly."""
 
 import numpy as np
 import pandas as pd
