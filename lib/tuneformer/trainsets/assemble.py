@@ -189,7 +189,7 @@ def _synthetic(settings: Study, source: "ad.AnnData", said: train_sets.TrainSet)
     stratum = strata(source, settings)
     numbers = stratum.value_counts(sort=False)
     if settings.synthetic_cells is not None:
-        numbers[:] = settings.synthetic_cells
+        numbers[numbers > 0] = settings.synthetic_cells
     made = synthetic.generate(
         source,
         strata=stratum,

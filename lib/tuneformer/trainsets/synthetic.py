@@ -187,7 +187,7 @@ def generate(
         if model is None:
             own = cells[(strata == stratum).to_numpy()]
             remedy = (
-                f"leave it out, give it more cells, or take those of untreated cells (synthetic_{generator}_untreated)"
+                f"give it more cells (train_cells), or take those of untreated cells (synthetic_{generator}_untreated)"
             )
             model = _fit(own, generator, rank, rng, where=f"stratum {stratum!r}", remedy=remedy)
         parts.append(_draw(model, mean, int(number), rng, stratum))
