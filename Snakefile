@@ -26,6 +26,7 @@ NAME = NAME_PATTERN.strip("^$")
 
 localrules:  # seconds each, so not worth a job on a cluster
     all,
+    leakage,
     collect,
     figures,
     page,
@@ -191,9 +192,19 @@ rule baselines:
         " --train-set {wildcards.train_set:q} --seeds {params.seeds}"
 
 
+rule leakage:
+    input:
+        lambda wildcards: records(wildcards.study),
+    output:
+        touch(paths.RUNS / "{study}" / "leakage.done"),
+    shell:
+        "{PYTHON} -m tuneformer.evaluate.leakage {wildcards.study:q}"
+
+
 rule collect:
     input:
         lambda wildcards: records(wildcards.study),
+        paths.RUNS / "{study}" / "leakage.done",
     output:
         paths.results_dir("{study}") / "metrics.csv",
     shell:

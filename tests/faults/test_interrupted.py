@@ -125,5 +125,5 @@ def test_committed_results_do_not_stand_for_runs(quick_repository):
     metrics.touch()
     planned = quick_repository.call("-m", "snakemake", "-n", "--config", "study=tiny", "--quiet", "host")
     counts = dict(line.split() for line in planned.stdout.splitlines() if len(line.split()) == 2)
-    jobs = ("qc", "tokenize", "finetune", "collect", "figures", "page", "all", "total")
-    assert [counts[job] for job in jobs] == ["1", "1", "4", "1", "1", "1", "1", "10"]
+    jobs = ("qc", "tokenize", "finetune", "leakage", "collect", "figures", "page", "all", "total")
+    assert [counts[job] for job in jobs] == ["1", "1", "4", "1", "1", "1", "1", "1", "11"]

@@ -44,15 +44,15 @@ def test_baselines_are_runs_beside_the_strategies(study, capsys):
 
 def test_the_default_batch_has_the_main_study_and_a_part_of_the_others(study, tmp_path, capsys):
     (tmp_path / "demo.yaml").write_text("strategies: [full]\nbaselines: []\n")
-    sides = "train_sets: [single_cell, pseudobulk_k2_sum]\nstrategies: [full]\nbaselines: []\nseeds: [4, 5]\n"
+    sides = "tasks: [easy, hard]\ntrain_sets: [single_cell, pseudobulk_k2_sum]\nstrategies: [full]\nbaselines: []\nseeds: [4, 5]\n"
     study(f"{sides}quick_train_sets: [pseudobulk_k2_sum]\n")
-    assert [run.study for run in grid.batch("all")] == ["demo"] * 3 + ["mine"] * 4
+    assert [run.study for run in grid.batch("all")] == ["demo"] * 3 + ["mine"] * 8
     default = grid.batch("default")
     assert [run.study for run in default] == ["demo"] * 3 + ["mine"]
-    assert (default[-1].train_set, default[-1].seed) == ("pseudobulk_k2_sum", 4)
-    assert [run.study for run in grid.batch("mine")] == ["mine"] * 4
+    assert (default[-1].task, default[-1].train_set, default[-1].seed) == ("easy", "pseudobulk_k2_sum", 4)
+    assert [run.study for run in grid.batch("mine")] == ["mine"] * 8
     assert grid.main(["default"]) == 0
-    assert "Study mine: 1 task x 2 train sets x 1 strategy x 2 seeds = 4 runs, 1 of them" in capsys.readouterr().out
+    assert "Study mine: 2 tasks x 2 train sets x 1 strategy x 2 seeds = 8 runs, 1 of them" in capsys.readouterr().out
     study(f"{sides}quick_train_sets: [pseudobulk_k5_sum]\n")
     with pytest.raises(ParameterError, match="quick_train_sets names 'pseudobulk_k5_sum', which is not one of its"):
         grid.batch("default")

@@ -6,12 +6,14 @@ from typing import get_args
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from tuneformer.report import html, plotting, records
 from tuneformer.study import paths
-from tuneformer.study.params import Strategy, load_study
+from tuneformer.study.params import Baseline, Strategy, load_study
+from tuneformer.study.train_sets import FORMS, parse
 
 LOADS = {"src", "srcset", "data", "poster", "action", "background", "xlink:href", "formaction", "manifest"}
 REMOTE = re.compile(r"^\s*([a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
@@ -131,7 +133,7 @@ def test_the_question_and_the_answer_come_first(site, results):
         load_study("tiny").question,
         "simulated cells",
         "Answer",
-        "drugs full has the highest mean macro-F1 over 3 seeds",
+        "drugs full has the highest mean macro-F1 of the strategies over 3 seeds",
         "Every strategy, best first",
         "How to read this",
         "More figures",
@@ -225,5 +227,91 @@ def test_results_without_a_study_are_refused(site, results):
         html.build("tiny")
 
 
+def on_train_sets(results, strategies):
+    """Rows of a study that trains the same strategies on single cells and on pseudo-bulk, with the same scores."""
+    rows = results[results["strategy"].isin(strategies)].assign(study="demo_pseudobulk")
+    made = rows.assign(train_set="pseudobulk_k5_sum", fingerprint="bulk" + rows["fingerprint"])
+    return pd.concat([rows, made])
+
+
+def test_a_study_on_train_sets_says_what_these_did(site, results):
+    metrics = on_train_sets(results, ["full"])
+    paths.write_text(paths.RESULTS / "demo_pseudobulk" / "metrics.csv", metrics.to_csv(index=False))
+    drawing = plotting.Drawing(Figure(figsize=(2, 1)), results.head())
+    plotting.save_figures({"fig4_drug_5class_against_k": drawing}, "demo_pseudobulk")
+    html.build("tiny")
+    text = Page((site / "index.html").read_text()).text
+    mine = text[text.index(load_study("demo_pseudobulk").question) :]
+    order = [
+        "drugs: what the model was trained on",
+        "Trained on pseudo-bulk (sum) instead of single cells",
+        "not clearly different for k = 5: +0.000 (+0.000 to +0.000)",
+        "models trained on pseudo-bulk, in drug_5class, against the number k",
+        "Every train set and strategy, best first",
+    ]
+    places = [mine.index(part) for part in order]
+    assert places == sorted(places)
+    assert "highest mean macro-F1" not in mine  # one strategy: there is none to be ahead of
+    assert "What the train sets are" in text
+    assert "Clearly lower or higher" in text
+
+
+def test_strategies_of_such_a_study_are_judged_on_single_cells(site, results):
+    metrics = on_train_sets(results, ["full", "random_init"])
+    better = metrics["value"].where(metrics["train_set"] == "single_cell", 2 * metrics["value"])
+    paths.write_text(
+        paths.RESULTS / "demo_pseudobulk" / "metrics.csv", metrics.assign(value=better).to_csv(index=False)
+    )
+    html.build("tiny")
+    text = Page((site / "index.html").read_text()).text
+    mine = text[text.index(load_study("demo_pseudobulk").question) :]
+    scores = results[(results["strategy"] == "full") & (results["metric"] == "macro_f1")]
+    mean = scores.loc[scores["task"] == "drugs", "value"].mean()
+    assert f"full has the highest mean macro-F1 of the strategies over 3 seeds, {mean:.3f}" in mine
+    assert "drugs: what the model was trained on full: Trained on pseudo-bulk" in mine
+
+
+def test_a_page_of_strategies_alone_does_not_speak_of_train_sets(site):
+    html.build("tiny")
+    text = Page((site / "index.html").read_text()).text
+    assert "Every strategy, best first" in text
+    assert "train set" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("stem", "task"),
+    [
+        ("fig2_confusion_drug_5class", "drug_5class"),
+        ("fig4_drug_5class_against_k", "drug_5class"),
+        ("fig5_nutlin_2class_full_decomposition", "nutlin_2class_full"),
+        ("fig6_drug_5class_per_class", "drug_5class"),
+        ("fig7_drug_5class_share", "drug_5class"),
+        ("fig8_drug_5class_confusion", "drug_5class"),
+    ],
+)
+def test_captions_name_the_task(stem, task):
+    caption = html._caption(stem)
+    assert f"in {task}," in caption or f"in {task}:" in caption
+
+
+def test_a_figure_without_a_caption_has_its_name():
+    assert html._caption("fig99_more") == "fig99_more"
+    assert html._caption("overview") == "overview"
+
+
+def test_every_form_of_train_set_is_explained():
+    filled = {"<k>": "2", "<n>": "9", "<p>": "9", "<generator>": "nb", "<sum|mean|approx_mean>": "sum"}
+    explained = []
+    for name in html.TRAIN_SETS:
+        example = name.replace("…_untreated", "synthetic_nb_untreated").replace("…", "pseudobulk_k2_sum")
+        for placeholder, value in filled.items():
+            example = example.replace(placeholder, value)
+        explained.append(example)
+    kinds = {(one.kind, one.control, one.amount, one.generator == "copies") for one in map(parse, explained)}
+    assert len(kinds) == len(html.TRAIN_SETS) == 14
+    assert len(FORMS) == 7  # a new form needs a line in html.TRAIN_SETS, and an example here
+
+
 def test_every_strategy_is_explained():
     assert list(html.STRATEGIES) == list(get_args(Strategy))
+    assert list(html.BASELINES) == list(get_args(Baseline))

@@ -5,6 +5,7 @@ to.
 """
 
 import argparse
+import re
 import shutil
 import sys
 from itertools import groupby
@@ -18,7 +19,7 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 import tuneformer
-from tuneformer.evaluate import statistics
+from tuneformer.evaluate import statistics, trainset_effects
 from tuneformer.report import records
 from tuneformer.study import paths
 from tuneformer.study.params import ParameterError, load_study
@@ -29,7 +30,20 @@ CAPTIONS = {
     "fig2": "What became of the test cells of each class, in {}: a row sums to 1, the cells of all seeds added up. "
     "The diagonal is the recall of a class.",
     "fig3": "What a strategy costs against what it scores. Up and to the left is better.",
+    "fig4": "Accuracy and macro-F1 of models trained on pseudo-bulk, in {}, against the number k of cells behind a "
+    "point: the three aggregations, single cells that are fewer or get fewer steps, and pseudo-bulk with one thing "
+    "changed. The dotted line is the mean of all single cells.",
+    "fig5": "What the fall from single cells to pseudo-bulk (sum) is made of, in {}: fewer optimizer steps, fewer "
+    "points, the averaging itself, and depth with length. The parts are steps of one path from one to the other, in "
+    "this order, and add up to the whole fall; left of the line a part is a gain.",
+    "fig6": "Macro-F1 and the recall of each class by train set, in {}: the difference to all single cells, paired by "
+    "seed, with its 95 % interval. Filled points are clear differences.",
+    "fig7": "Accuracy and macro-F1 when a share of the training cells is replaced by synthetic ones, in {}, from real "
+    "cells alone (0 %) to synthetic cells alone (100 %).",
+    "fig8": "What became of the test cells of each class, in {}, by what the model was trained on: a row sums to 1, "
+    "the cells of all seeds added up.",
 }
+FIGURE_NAME = re.compile(r"(fig\d+)_(?:confusion_)?(.*?)(?:_against_k|_decomposition|_per_class|_share|_confusion)?")
 PIXELS = 1.75  # of a figure file per pixel of the page
 STRATEGIES = {
     "full": "Everything learns from the first step.",
@@ -41,6 +55,29 @@ STRATEGIES = {
     "layerwise_lr_decay": "Everything learns, and lower layers learn more slowly.",
     "lora": "The pre-trained weights stay; small low-rank updates of the attention and the head learn.",
     "random_init": "Control: the same model without pre-training, everything learns.",
+}
+BASELINES = {
+    "majority": "Always the shares of the classes among the training cells.",
+    "logistic_counts": "Logistic regression on the normalised counts of the most variable genes.",
+    "logistic_ranks": "Logistic regression on the ranks of the genes, which is what Geneformer reads.",
+    "knn_pca": "Nearest neighbours in the principal components of the normalised counts.",
+    "frozen_embedding_ridge": "Ridge regression on the mean embedding of a cell by the untouched pre-trained model.",
+}
+TRAIN_SETS = {
+    "single_cell": "All training cells.",
+    "single_cell_n<n>": "At most n cells of each class.",
+    "single_cell_k<k>": "Control, fewer points: one cell of each group of about k cells.",
+    "single_cell_k<k>_steps": "Control, fewer steps: all cells, but only the optimizer steps that N/k points get.",
+    "pseudobulk_k<k>_<sum|mean|approx_mean>": "Points that aggregate groups of about k cells of one class and dose.",
+    "…_thinned": "The same with counts thinned to the depth of single cells.",
+    "…_capped": "The same with token lists cut to the median length of single cells.",
+    "…_boosted": "The same with single cells added to the validation set.",
+    "…_steps": "Pseudo-bulk with as many optimizer steps as all single cells would get.",
+    "synthetic_<generator>": "Only cells drawn from a model of each class and dose, fitted to the training cells.",
+    "…_untreated": "The same with the variances of untreated cells, which is what one has beside a bulk sample.",
+    "mixture_<generator>_pad<n>": "All training cells and n synthetic ones more of each padded class.",
+    "mixture_copies_pad<n>": "Control: all training cells, and n of them more of each padded class, drawn again.",
+    "mixture_<generator>_share<p>": "As many cells as before, p % of them synthetic.",
 }
 
 
@@ -85,7 +122,12 @@ def build(study: str) -> Path:
         first, *others = [_section(site, name, convert) for name in [study, *(name for name in known if name != study)]]
         index = pages.get_template("index.html.j2")
         text = index.render(
-            first=first, others=others, strategies=list(STRATEGIES.items()), version=tuneformer.__version__
+            first=first,
+            others=others,
+            strategies=list(STRATEGIES.items()),
+            baselines=list(BASELINES.items()),
+            train_sets=list(TRAIN_SETS.items()) if any(study["effects"] for study in [first, *others]) else [],
+            version=tuneformer.__version__,
         )
         (site / "index.html").write_text(text, encoding="utf-8")
         style = (paths.ASSETS / "page" / "style.css").read_text(encoding="utf-8")
@@ -138,7 +180,8 @@ def _section(site: Path, study: str, convert: _Converter) -> dict[str, Any]:
     table = statistics.answer_table(metrics)
     shown = statistics.readable(table)
     tables = [(task, rows.drop(columns="Task").to_numpy().tolist()) for task, rows in shown.groupby("Task", sort=False)]
-    judged = statistics.verdicts(metrics)
+    judged = statistics.verdicts(trainset_effects.strategy_rows(metrics))
+    answers = statistics.sentences(judged) if trainset_effects.compares_strategies(metrics) else {}
     links = _notebook_links(site, study, convert, simulated=settings.simulated)
     folder = site / "results" / study
     folder.mkdir(parents=True)
@@ -150,7 +193,8 @@ def _section(site: Path, study: str, convert: _Converter) -> dict[str, Any]:
         "simulated": settings.simulated,
         "demo_checkpoint": settings.checkpoint == "demo",
         "headline": statistics.headline(judged),
-        "answers": list(statistics.sentences(judged).items()),
+        "answers": list(answers.items()),
+        "effects": list(trainset_effects.sentences(metrics).items()),
         "figures": _figures(site, study),
         "columns": [column for column in shown.columns if column != "Task"],
         "tables": tables,
@@ -166,13 +210,17 @@ def _figures(site: Path, study: str) -> list[dict[str, str]]:
         shutil.copytree(source, target)
     figures = []
     for file in sorted(target.glob("*.png")):
-        number, *rest = file.stem.split("_")
         address = f"figures/{study}/{quote(file.stem)}"
-        caption = CAPTIONS.get(number, file.stem).format("_".join(rest).removeprefix("confusion_"))
         files = {kind: f"{address}.{kind}" for kind in ("png", "pdf", "csv")}
         width = int.from_bytes(file.read_bytes()[16:20], "big")  # where the PNG format keeps it
-        figures.append({"caption": caption, "width": round(width / PIXELS), **files})
+        figures.append({"caption": _caption(file.stem), "width": round(width / PIXELS), **files})
     return figures
+
+
+def _caption(figure: str) -> str:
+    """Return the caption of a figure, which names its task; a figure that has none is called by its name."""
+    named = FIGURE_NAME.fullmatch(figure)
+    return CAPTIONS.get(named[1], figure).format(named[2]) if named else figure
 
 
 def _notebook_links(site: Path, study: str, convert: _Converter, *, simulated: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ files ``figures/<study>/<name>`` .png, .pdf and the .csv they were drawn from, w
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from tuneformer.evaluate import statistics
 from tuneformer.evaluate.metrics import confusion_table
 from tuneformer.study import paths
-from tuneformer.study.params import Study
+from tuneformer.study.params import Baseline, Study
 
 # Okabe & Ito 2008, distinct under every common form of colour blindness; yellow, too pale for lines, stands last.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#F0E442")
@@ -28,6 +28,7 @@ CONTROL = "#777777"
 METRIC_NAMES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}
 COST_NAMES = {"cost:wall_seconds": "Training time (s)", "cost:trainable_parameters": "Trainable parameters"}
 PANEL_COLUMNS = 3
+WIDE = 100  # ratio of costs above which an axis shows powers of ten only
 
 
 class Drawing(NamedTuple):
@@ -250,6 +251,7 @@ def strategy_scores(metrics: pd.DataFrame, *, simulated: bool) -> Drawing:
             ax.set(xlabel=METRIC_NAMES[metric], title=task if metric == "accuracy" else "")
     figure.suptitle(titled("Test score per fine-tuning strategy", simulated=simulated), x=0.01, ha="left")
     key = f"Small points: seeds. Diamond and line: mean and 95 % interval. Dotted: mean of {statistics.CONTROL}."
+    key += " Orange: baselines." if set(metrics["strategy"]) & set(get_args(Baseline)) else ""
     figure.supxlabel(key, x=0.01, ha="left", fontsize=10)
     return Drawing(figure, data)
 
@@ -318,7 +320,8 @@ def cost_and_score(metrics: pd.DataFrame, *, simulated: bool) -> Drawing:
                 mean = mine[[cost, "macro_f1"]].mean()
                 ax.plot(mean[cost], mean["macro_f1"], marker, color=color, markersize=9, label=arm)
             ax.set(xscale="log", xlabel=COST_NAMES[cost], title=task if cost == costs[0] else "")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            wide = data[cost].max() > WIDE * data[cost].min()
+            ax.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5), numticks=6))
             ax.xaxis.set_major_formatter(FuncFormatter(_plain_number))
             ax.xaxis.set_minor_locator(NullLocator())
         row[0].set_ylabel("Macro-F1")
@@ -386,7 +389,8 @@ def _points_and_intervals(ax: Axes, part: pd.DataFrame, arms: list[str]) -> None
     for arm, rows in part.groupby("arm", sort=False):
         place = arms.index(arm)
         control = statistics.CONTROL in arm
-        color = CONTROL if control else PALETTE[0]
+        baseline = arm.split(", ")[-1] in get_args(Baseline)
+        color = CONTROL if control else PALETTE[1] if baseline else PALETTE[0]
         first = rows.iloc[0]
         offsets = np.linspace(-0.16, 0.16, len(rows)) if len(rows) > 1 else [0.0]
         ax.hlines(place, first["low"], first["high"], color=color, linewidth=2.2)

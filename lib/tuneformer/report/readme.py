@@ -1,6 +1,7 @@
-"""The answer in the README, written from the results of the demo study, so that no number in it is typed by hand.
+"""The answer in the README, written from the results of the demo studies, so that no number in it is typed by hand.
 
-In: ``results/demo/metrics.csv``. Out: the part of ``README.md`` between the two answer marks, replaced.
+In: ``results/<study>/metrics.csv`` of ``demo`` and, where they are there, of the studies of `TRAINED_ON`. Out: the part
+of ``README.md`` between the two answer marks, replaced.
 """
 
 import argparse
@@ -9,11 +10,19 @@ import sys
 
 import pandas as pd
 
-from tuneformer.evaluate import statistics
+from tuneformer.evaluate import statistics, trainset_effects
 from tuneformer.report import records
 from tuneformer.study import paths
+from tuneformer.study.params import load_study
 
 STUDY = "demo"
+TRAINED_ON = {
+    "demo_pseudobulk": "fig4_{}_against_k",
+    "demo_synthetic": "fig6_{}_per_class",
+    "demo_mixture": "fig6_{}_per_class",
+}
+"""Simulated studies on what the model is trained on, and the figure of each that the README links to."""
+FINDINGS = 2  # sentences of a task: the first ones are its main findings
 BEGIN, END = "<!-- answer: begin -->", "<!-- answer: end -->"
 
 
@@ -61,6 +70,38 @@ def answer(metrics: pd.DataFrame) -> str:
     return "\n".join([lines[0], "", *lines[1:], "", *grid, "", figure])
 
 
+def trained_on(study: str, metrics: pd.DataFrame) -> str:
+    """Return the main findings of a study on train sets as Markdown: its question, sentences per task, and a link.
+
+    Parameters
+    ----------
+    study
+        A key of `TRAINED_ON`.
+    metrics
+        Rows of its ``metrics.csv``.
+    """
+    found = trainset_effects.sentences(metrics)
+    lines = [f"- `{task}`: {' '.join(texts[:FINDINGS])}" for task, texts in found.items()]
+    figure = f"figures/{study}/{TRAINED_ON[study].format(metrics['task'].iloc[0])}.png"
+    end = f"[Figure]({figure}) · [numbers](results/{study}/metrics.csv) · `make report STUDY={study}`"
+    return "\n".join([f"**{load_study(study).question}**", "", *lines, "", end])
+
+
+def block() -> str:
+    """Return the text between the marks, from the results that are there.
+
+    Raises
+    ------
+    RecordError
+        The demo study has no results.
+    """
+    parts = [answer(records.read_metrics(STUDY))]
+    for study in TRAINED_ON:
+        if (paths.results_dir(study) / "metrics.csv").is_file():
+            parts.append(trained_on(study, records.read_metrics(study)))
+    return "\n\n".join(parts)
+
+
 def update() -> None:
     """Replace the answer in ``README.md`` by that of the results.
 
@@ -77,15 +118,15 @@ def update() -> None:
     if not pattern.search(text):
         msg = f"README.md has lost its marks for the answer; put the lines {BEGIN} and {END} back."
         raise ReadmeError(msg)
-    block = f"{BEGIN}\n{answer(records.read_metrics(STUDY))}\n{END}"
-    paths.write_text(path, pattern.sub(lambda _: block, text))
+    written = f"{BEGIN}\n{block()}\n{END}"
+    paths.write_text(path, pattern.sub(lambda _: written, text))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the README's answer after the demo study has run; end with 2 and one sentence when that cannot be done."""
+    """Write the README's answer after a study of it has run; end with 2 and one sentence when that cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m tuneformer.report.readme", description=main.__doc__)
-    parser.add_argument("study", help="the study that has run; any but demo leaves the README as it is")
-    if parser.parse_args(arguments).study != STUDY:
+    parser.add_argument("study", help="the study that has run; one that is not in the README leaves it as it is")
+    if parser.parse_args(arguments).study not in (STUDY, *TRAINED_ON):
         return 0
     try:
         update()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tuneformer.data import catalog
+from tuneformer.data import catalog, preprocessing
 from tuneformer.study import grid, paths
 from tuneformer.study.params import ParameterError, Study, TrainingParams
 from tuneformer.study.run import checkpoint_hash, finished_record
@@ -216,7 +216,8 @@ def read_predictions(study: str) -> pd.DataFrame:
 
     Returns
     -------
-    task, train_set, strategy, seed, fingerprint, cell, label, predicted: one row a run and test cell.
+    task, train_set, strategy, seed, fingerprint, cell, label, predicted, and, where a task holds out whole groups,
+    group: one row a run and test cell.
 
     Raises
     ------
@@ -243,6 +244,9 @@ def _collect_predictions(study: str, fingerprints: set[str]) -> pd.DataFrame:
         sides = {key: getattr(settings, key) for key in ("task", "train_set", "strategy", "seed")}
         predicted = names[classes.to_numpy().argmax(axis=1)]
         part = scores[["cell", "label"]].assign(predicted=predicted, fingerprint=record["fingerprint"], **sides)
+        if settings.group_by is not None:
+            groups = preprocessing.prepare_cells(settings).obs[settings.group_by].astype(str)
+            part["group"] = groups.loc[part["cell"]].to_numpy()
         parts.append(part)
     kept = paths.results_dir(study) / "predictions.parquet"
     made = {fingerprint for part in parts for fingerprint in part["fingerprint"].unique()}
@@ -252,6 +256,7 @@ def _collect_predictions(study: str, fingerprints: set[str]) -> pd.DataFrame:
     order = ["task", "train_set", "strategy", "seed", "fingerprint", "cell", "label", "predicted"]
     parts = [part for part in parts if len(part)]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=order)
+    order += [column for column in ("group",) if column in table]
     return table[order].astype({key: "category" for key in order if key != "seed"})
 
 

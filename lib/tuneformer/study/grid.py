@@ -61,8 +61,8 @@ def batch(name: str) -> list[Study]:
     Parameters
     ----------
     name
-        ``default``: all runs of `MAIN`, and of each study with ``quick_train_sets`` those train sets with the first
-        seed. ``all``: all runs of these studies. Else the name of a study.
+        ``default``: all runs of `MAIN`, and of each study with ``quick_train_sets`` those train sets with its first
+        task and seed. ``all``: all runs of these studies. Else the name of a study.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def batch(name: str) -> list[Study]:
 
 
 def quick_runs(study: str) -> list[Study]:
-    """List the runs of a study that the default batch makes again: its ``quick_train_sets`` with the first seed.
+    """List the runs of a study that the default batch makes again: its ``quick_train_sets``, first task, first seed.
 
     Raises
     ------
@@ -96,7 +96,8 @@ def quick_runs(study: str) -> list[Study]:
         if name not in first.train_sets:
             msg = f"params/{study}.yaml: quick_train_sets names {name!r}, which is not one of its train_sets."
             raise ParameterError(msg)
-    return [run for run in listed if run.train_set in first.quick_train_sets and run.seed == first.seeds[0]]
+    asked = (first.tasks[0], first.seeds[0])
+    return [run for run in listed if run.train_set in first.quick_train_sets and (run.task, run.seed) == asked]
 
 
 def describe(run: Study) -> str:

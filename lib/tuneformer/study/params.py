@@ -221,7 +221,7 @@ class Study(TrainingParams, PretrainingParams):
     seeds: list[int]
     """Seeds of the grid: head initialisation, cell order, dropout and the draw of train_cells."""
     quick_train_sets: list[Name]
-    """Train sets whose runs with the first seed belong to the default batch; [] leaves the study out of it."""
+    """Train sets whose runs with the first task and seed belong to the default batch; [] leaves the study out of it."""
     task: Name
     """The task of this run."""
     train_set: Name

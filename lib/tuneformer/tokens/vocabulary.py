@@ -171,7 +171,7 @@ class Vocabulary:
             raise VocabularyError(msg)
         tokens = base.genes.set_index("ensembl_id")["token_id"].reindex(medians.index)
         unknown = tokens.isna().to_numpy()
-        tokens[unknown] = base.size + np.arange(unknown.sum())
+        tokens[unknown] = base.size + np.arange(unknown.sum(), dtype=tokens.dtype)  # float while some are missing
         genes = _gene_table(medians.index, tokens, medians)
         fitted = set(genes["ensembl_id"])
         aliases = {name: gene for name, gene in base.aliases.items() if gene in fitted}
