@@ -44,7 +44,8 @@ def test_baselines_are_runs_beside_the_strategies(study, capsys):
 
 def test_the_default_batch_has_the_main_study_and_a_part_of_the_others(study, tmp_path, capsys):
     (tmp_path / "demo.yaml").write_text("strategies: [full]\nbaselines: []\n")
-    sides = "tasks: [easy, hard]\ntrain_sets: [single_cell, pseudobulk_k2_sum]\nstrategies: [full]\nbaselines: []\nseeds: [4, 5]\n"
+    sides = "tasks: [easy, hard]\ntrain_sets: [single_cell, pseudobulk_k2_sum]\nstrategies: [full]\nbaselines: []\n"
+    sides += "seeds: [4, 5]\n"
     study(f"{sides}quick_train_sets: [pseudobulk_k2_sum]\n")
     assert [run.study for run in grid.batch("all")] == ["demo"] * 3 + ["mine"] * 8
     default = grid.batch("default")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import sparse, stats
 
-from tuneformer.report import realism_plots
+from tuneformer.report import plotting, realism_plots
 from tuneformer.trainsets import realism
 from tuneformer.trainsets.strata import TrainSetError
 
@@ -178,9 +178,10 @@ def test_what_cannot_be_compared_is_refused_with_a_sentence(real, others):
 
 
 def test_the_panels_are_drawn_from_the_measures_of_the_cells(real, others):
+    plotting.set_style()
     drawing = realism_plots.realism_panels(real, {"first": others, "second": real}, seed=0, simulated=True)
     assert len(drawing.figure.axes) == 2 * len(realism_plots.PANELS)
-    assert [ax.get_title() for ax in drawing.figure.axes[:2]] == ["first", "second"]
+    assert [ax.get_title(loc="left") for ax in drawing.figure.axes[:2]] == ["first", "second"]
     assert drawing.figure.get_suptitle().endswith("(simulated)")
     data = drawing.data
     assert list(data.columns) == ["made", "cells", "panel", "x", "y"]
