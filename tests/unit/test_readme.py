@@ -31,6 +31,11 @@ def elsewhere(tmp_path, monkeypatch, results):
     paths.write_text(
         tmp_path / "results" / "demo_pseudobulk" / "metrics.csv", pd.concat([rows, made]).to_csv(index=False)
     )
+    ran = results[results["metric"] == "macro_f1"]
+    cells = pd.DataFrame({"cell": list("abcdef"), "label": list("xyxyxy"), "predicted": list("xyxxyy")})
+    keys = ["task", "train_set", "strategy", "seed", "fingerprint"]
+    tables = [cells.assign(**dict(zip(keys, row, strict=True))) for row in ran[keys].itertuples(index=False)]
+    pd.concat(tables).to_parquet(tmp_path / "results" / "demo" / "predictions.parquet")
     (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     return tmp_path
 
@@ -65,20 +70,19 @@ def test_a_study_that_is_not_in_the_readme_leaves_it_as_it_is(elsewhere):
     assert "old" in (elsewhere / "README.md").read_text()
 
 
-def test_only_the_answer_is_replaced(tmp_path, monkeypatch, results):
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(records, "read_metrics", lambda _: results)
-    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+def test_only_the_answer_is_replaced(elsewhere, results):
+    (elsewhere / "results" / "demo_pseudobulk" / "metrics.csv").unlink()
     readme.update()
-    text = (tmp_path / "README.md").read_text()
+    text = (elsewhere / "README.md").read_text()
     assert text.startswith(f"before\n{readme.BEGIN}\n")
     assert text.endswith(f"{readme.END}\nafter\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "simulated" in text
     row = next(line for line in text.splitlines() if line.startswith("| `full`"))
     mean = results[(results["strategy"] == "full") & (results["task"] == "drugs") & (results["metric"] == "macro_f1")]
     assert f"{mean['value'].mean():.3f}" in row
+    assert row.count(readme.MARK) >= 1  # every run predicts the same here, so nothing can be told apart
+    assert readme.NOTE in text
 
 
 def test_a_readme_without_marks_is_refused(tmp_path, monkeypatch, results):

@@ -7,7 +7,7 @@ An arm is what is compared: a strategy, on one train set. Two things are drawn b
 order) and test cells, and a difference must hold for others of both.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from types import MappingProxyType
 from typing import NamedTuple
@@ -332,23 +332,34 @@ def compare_tasks(predictions: pd.DataFrame, *, samples: int = SAMPLES) -> pd.Da
     ComparisonError
         As `compare`.
     """
-    rows = with_arms(predictions.astype({"train_set": str, "strategy": str, "label": str, "predicted": str}))
     tables = []
-    for task, of_task in rows.groupby("task", sort=False, observed=True):
-        classes = np.unique(of_task[["label", "predicted"]])
-        runs: dict[str, dict[int, pd.DataFrame]] = {}
-        for (arm, seed), run in of_task.groupby(["arm", "seed"], sort=False):
-            chosen = run["predicted"].to_numpy()[:, None] == classes  # (cells, classes)
-            table = pd.DataFrame(chosen.astype(float), columns=PROBABILITY + classes.astype(object))
-            runs.setdefault(arm, {})[seed] = table.assign(cell=run["cell"].to_numpy(), label=run["label"].to_numpy())
-        groups = None
-        if "group" in rows and of_task["group"].notna().any():
-            groups = of_task.drop_duplicates("cell").set_index("cell")["group"]
+    for task, runs, groups in _tasks(predictions):
         for metric, score in SCORES.items():
             pairs = compare(runs, score=score, groups=groups, samples=samples)
             tables += [pairs.assign(task=task, metric=metric)] if len(pairs) else []
     columns = ["task", "metric", *PAIR]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def variance_tasks(predictions: pd.DataFrame, *, samples: int = SAMPLES) -> pd.DataFrame:
+    """Divide the variance of the macro-F1 of each task of a study by `variance_shares_with_cells`.
+
+    Parameters
+    ----------
+    predictions, samples
+        As `compare_tasks`.
+
+    Returns
+    -------
+    Share of the variance (0 to 1): one row a task, one column a source. A task with fewer than two arms or seeds is
+    left out.
+    """
+    shares = {
+        task: variance_shares_with_cells(runs, groups=groups, samples=samples)["share"]
+        for task, runs, groups in _tasks(predictions)
+        if len(runs) > 1 and len(set.intersection(*map(set, runs.values()))) > 1
+    }
+    return pd.DataFrame(shares).T.rename_axis(index="task")
 
 
 def crossed_difference(observed: np.ndarray, drawn: np.ndarray, n_units: int) -> Difference:
@@ -379,6 +390,22 @@ def crossed_difference(observed: np.ndarray, drawn: np.ndarray, n_units: int) ->
     parts = [(by_seeds, n - 1), (by_cells, n_units - 1), (by_both, (n - 1) * (n_units - 1))]
     uncertainty = sum(part**2 / df for part, df in parts)
     return _by_t(observed.mean(), variance, variance**2 / uncertainty if uncertainty else n - 1)
+
+
+def _tasks(predictions: pd.DataFrame) -> Iterator[tuple[str, dict[str, dict[int, pd.DataFrame]], pd.Series | None]]:
+    """Give the runs of each task as `compare` takes them, and the group of each test cell where groups are held out."""
+    rows = with_arms(predictions.astype({"train_set": str, "strategy": str, "label": str, "predicted": str}))
+    for task, of_task in rows.groupby("task", sort=False, observed=True):
+        classes = np.unique(of_task[["label", "predicted"]])
+        runs: dict[str, dict[int, pd.DataFrame]] = {}
+        for (arm, seed), run in of_task.groupby(["arm", "seed"], sort=False):
+            chosen = run["predicted"].to_numpy()[:, None] == classes  # (cells, classes)
+            table = pd.DataFrame(chosen.astype(float), columns=PROBABILITY + classes.astype(object))
+            runs.setdefault(arm, {})[seed] = table.assign(cell=run["cell"].to_numpy(), label=run["label"].to_numpy())
+        groups = None
+        if "group" in rows and of_task["group"].notna().any():
+            groups = of_task.drop_duplicates("cell").set_index("cell")["group"]
+        yield task, runs, groups
 
 
 def _by_t(center: float, variance: float, df: float) -> Difference:

@@ -197,6 +197,14 @@ def coverage_curve(labels: Sequence[str], probabilities: np.ndarray, classes: Se
     )
 
 
+def confidence_tables(outcome: "Outcome") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return `reliability_curve` and `coverage_curve` of a run's test cells; both are empty for a run that failed."""
+    if outcome.status != "ok":
+        return pd.DataFrame({"confidence": [], "accuracy": []}), pd.DataFrame({"coverage": [], "accuracy": []})
+    judged = outcome.predictions["label"], outcome.probabilities, outcome.classes
+    return reliability_curve(*judged), coverage_curve(*judged)
+
+
 def confusion_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the confusion matrix that rows of `score` hold; the counts of several runs are added up.
 

@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from tuneformer.evaluate import statistics
+from tuneformer.evaluate import learning_curves, statistics
+from tuneformer.evaluate.learning_curves import BASELINE, SCORES
 from tuneformer.study.params import Baseline
 from tuneformer.study.train_sets import AGGREGATIONS, GENERATORS, parse
 
-BASELINE = "single_cell"
-SCORES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}
 PARTS = ("fewer steps", "fewer points", "averaging", "depth and length")
 WHOLE = "whole fall"
 FOLLOW_UPS = {
@@ -35,9 +34,12 @@ _VERDICTS = ("clearly lower", "clearly higher", "not clearly different", "known 
 
 
 def strategy_rows(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows in which strategies are compared: those of the train set `BASELINE`; all where it is not used."""
-    rows = metrics[metrics["train_set"] == BASELINE]
-    return metrics if rows.empty else rows
+    """Return the rows in which strategies are compared: all single cells, or the most of a learning curve, or all."""
+    names = pd.Series(metrics["train_set"].unique())
+    few = names[[parse(name).amount == "n" for name in names]]
+    most = max(few, key=lambda name: parse(name).number, default=None)
+    chosen = BASELINE if BASELINE in set(names) else most
+    return metrics if chosen is None else metrics[metrics["train_set"] == chosen]
 
 
 def varied(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -252,8 +254,8 @@ def sentences(metrics: pd.DataFrame) -> dict[str, list[str]]:
 
     Clear means that the 95 % interval of the paired difference does not include zero. The score is macro-F1.
     """
-    metrics = varied(metrics)
-    said: dict[str, list[str]] = {}
+    said = learning_curves.sentences(metrics)
+    metrics = varied(metrics.drop(learning_curves.rows_of(metrics).index))
     for (task, strategy), rows in metrics.groupby(_RUNS, sort=False):
         texts = _of_one_strategy(rows)
         said.setdefault(task, []).extend(

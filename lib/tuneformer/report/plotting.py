@@ -190,6 +190,30 @@ def training_curves(history: pd.DataFrame, *, best_epoch: int | None, title: str
     return figure
 
 
+def confidence_curves(reliability: pd.DataFrame, coverage: pd.DataFrame, *, title: str) -> Figure:
+    """Draw whether a model is as often right as it is sure, and how right it is where it is surest.
+
+    Parameters
+    ----------
+    reliability
+        Columns confidence and accuracy, one row a bin of confidence; empty for a run that failed.
+    coverage
+        Columns coverage and accuracy: of the most confident predictions of that share of the cells.
+    title
+        Title of the figure.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    known = reliability.dropna()
+    left.plot([0, 1], [0, 1], color=CONTROL, linestyle="--", linewidth=1.2, label="as sure as right")
+    left.plot(known["confidence"], known["accuracy"], "o-", color=PALETTE[0], label="this model")
+    left.set(xlabel="Confidence (highest probability)", ylabel="Share predicted right", xlim=(0, 1), ylim=(0, 1.02))
+    left.legend()
+    right.plot(coverage["coverage"], coverage["accuracy"], color=PALETTE[0])
+    right.set(xlabel="Share of the cells predicted, the surest first", xlim=(0, 1))
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
 def confusion_matrix(counts: pd.DataFrame, *, title: str, ax: Axes | None = None) -> Figure:
     """Draw a confusion matrix whose rows sum to one; a row says what became of the cells of one class.
 

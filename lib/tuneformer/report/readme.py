@@ -10,7 +10,7 @@ import sys
 
 import pandas as pd
 
-from tuneformer.evaluate import statistics, trainset_effects
+from tuneformer.evaluate import comparisons, statistics, trainset_effects
 from tuneformer.report import records
 from tuneformer.study import paths
 from tuneformer.study.params import load_study
@@ -20,8 +20,14 @@ TRAINED_ON = {
     "demo_pseudobulk": "fig4_{}_against_k",
     "demo_synthetic": "fig6_{}_per_class",
     "demo_mixture": "fig6_{}_per_class",
+    "demo_learning_curve": "fig9_{}_learning_curve",
 }
 """Simulated studies on what the model is trained on, and the figure of each that the README links to."""
+MARK = " *"
+NOTE = (
+    r"\* cannot be told apart from the best of its column: test cells and seeds drawn again, corrected for the number "
+    "of pairs. With few seeds little can be told apart."
+)
 FINDINGS = 2  # sentences of a task: the first ones are its main findings
 BEGIN, END = "<!-- answer: begin -->", "<!-- answer: end -->"
 
@@ -30,18 +36,21 @@ class ReadmeError(ValueError):
     """A README without the place for the answer; the message says what to put back."""
 
 
-def answer(metrics: pd.DataFrame) -> str:
+def answer(metrics: pd.DataFrame, predictions: pd.DataFrame) -> str:
     """Return the answer as Markdown: a headline, a sentence per task, one table and one figure.
 
     Parameters
     ----------
     metrics
         Rows of the demo study's ``metrics.csv``.
+    predictions
+        From `tuneformer.report.records.read_predictions` of the demo study.
 
     Returns
     -------
     The text between the marks. The table has a row per strategy and a column per task: mean macro-F1 on the test cells
-    with its 95 % interval over seeds; time and trainable parameters are means over all runs of the strategy.
+    with its 95 % interval over seeds, marked where it cannot be told apart from the best; time and trainable parameters
+    are means over all runs of the strategy.
     """
     judged = statistics.verdicts(metrics)
     table = statistics.answer_table(metrics)
@@ -60,14 +69,22 @@ def answer(metrics: pd.DataFrame) -> str:
         "training time (s)",
         "parameters that learn",
     ]
+    ranks = comparisons.indistinguishable(comparisons.compare_tasks(predictions))
+    ranks = ranks[(ranks["metric"] == "macro_f1") & ranks["like_best"]]
+    marked = set(zip(ranks["arm"], ranks["task"], strict=True))
     rows = [
-        [f"`{name}`", *shown.loc[name, tasks], f"{cost.seconds[name]:.1f}", f"{cost.parameters[name]:,.0f}"]
+        [
+            f"`{name}`",
+            *(shown.loc[name, task] + (MARK if (name, task) in marked else "") for task in tasks),
+            f"{cost.seconds[name]:.1f}",
+            f"{cost.parameters[name]:,.0f}",
+        ]
         for name in first.index
     ]
     body = [header, ["---"] * len(header), *rows]
     grid = ["| " + " | ".join(cells) + " |" for cells in body]
     figure = f"![Scores per strategy on simulated cells; each point is a seed](figures/{STUDY}/fig1_scores.png)"
-    return "\n".join([lines[0], "", *lines[1:], "", *grid, "", figure])
+    return "\n".join([lines[0], "", *lines[1:], "", *grid, "", NOTE, "", figure])
 
 
 def trained_on(study: str, metrics: pd.DataFrame) -> str:
@@ -95,7 +112,7 @@ def block() -> str:
     RecordError
         The demo study has no results.
     """
-    parts = [answer(records.read_metrics(STUDY))]
+    parts = [answer(records.read_metrics(STUDY), records.read_predictions(STUDY))]
     for study in TRAINED_ON:
         if (paths.results_dir(study) / "metrics.csv").is_file():
             parts.append(trained_on(study, records.read_metrics(study)))

@@ -5,7 +5,7 @@ tables as text. The numbers are those of `tuneformer.evaluate.trainset_effects`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from tuneformer.evaluate import statistics, trainset_effects
+from tuneformer.evaluate import learning_curves, statistics, trainset_effects
 from tuneformer.evaluate.trainset_effects import BASELINE, PARTS, SCORES, WHOLE
 from tuneformer.report import plotting
 from tuneformer.report.plotting import CONTROL, MARKERS, PALETTE, Drawing
+from tuneformer.study.params import Baseline
 from tuneformer.study.train_sets import GENERATORS, parse
 
 PANEL_COLUMNS = 3
@@ -40,11 +41,15 @@ def drawings(metrics: pd.DataFrame, *, simulated: bool) -> dict[str, Drawing]:
     -------
     Figure name to figure and table, for each task (and each baseline, and strategy where there are several):
     ``fig4_<task>_against_k``, ``fig5_<task>_decomposition``, ``fig6_<task>_per_class``, ``fig7_<task>_share``,
-    ``fig8_<task>_confusion``. What the
+    ``fig8_<task>_confusion``; ``fig9_<task>_learning_curve``. What the
     train sets do not allow is left out; a study with one train set gives {}.
     """
-    metrics = trainset_effects.varied(metrics)
-    drawn: dict[str, Drawing | None] = {}
+    of_curve = learning_curves.rows_of(metrics)
+    drawn: dict[str, Drawing | None] = {
+        f"fig9_{task}_learning_curve": learning_curve(rows, title=task, simulated=simulated)
+        for task, rows in of_curve.groupby("task", sort=False)
+    }
+    metrics = trainset_effects.varied(metrics.drop(of_curve.index))
     for (task, strategy), rows in metrics.groupby(["task", "strategy"], sort=False):
         named = trainset_effects.needs_name(strategy, metrics)
         stem = f"{task}_{strategy}" if named else task
@@ -228,6 +233,31 @@ def share(metrics: pd.DataFrame, *, title: str, simulated: bool) -> Drawing | No
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     text = f"{title}: real cells replaced by synthetic ones"
     _head(figure, text, SEEDS, simulated=simulated)
+    return Drawing(figure, data)
+
+
+def learning_curve(metrics: pd.DataFrame, *, title: str, simulated: bool) -> Drawing:
+    """Draw accuracy and macro-F1 of every strategy and baseline against the number of training cells of a class.
+
+    Parameters and the return value are those of `against_k`.
+    """
+    data = learning_curves.learning_curve(metrics)
+    figure, axes = plt.subplots(1, len(SCORES), figsize=(10.6, 4.6), layout="constrained")
+    names = list(data["strategy"].unique())
+    for ax, (metric, name) in zip(axes, SCORES.items(), strict=True):
+        for place, strategy in enumerate(names):
+            rows = data[(data["metric"] == metric) & (data["strategy"] == strategy)]
+            style = "--" if strategy in get_args(Baseline) else "-"
+            color = CONTROL if strategy == statistics.CONTROL else PALETTE[place % len(PALETTE)]
+            look = {"color": color, "marker": MARKERS[place % len(MARKERS)], "linestyle": style, "markersize": 5}
+            ax.plot(rows["cells"], rows["mean"], label=strategy, **look)
+            ax.fill_between(rows["cells"], rows["low"], rows["high"], color=color, alpha=0.1, linewidth=0)
+        ax.set(xscale="log", xlabel="Training cells of each class", ylabel=name)
+        ax.xaxis.set_major_locator(FixedLocator([*sorted(data["cells"].round().unique())]))
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.xaxis.set_minor_locator(NullLocator())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title="Dashed: baselines")
+    _head(figure, f"{title}: score against labelled cells", SEEDS.replace("lines", "areas"), simulated=simulated)
     return Drawing(figure, data)
 
 
