@@ -55,7 +55,7 @@ def made_up(levels, *, strategy="full", task="drugs", seeds=3):
                 f"confusion:{a}:{b}": confusion[i, j] for i, a in enumerate(CLASSES) for j, b in enumerate(CLASSES)
             }
             found |= {"cost:wall_seconds": 2.0 + seed, "cost:trainable_parameters": 100.0}
-            run = {"task": task, "train_set": train_set, "strategy": strategy, "seed": seed}
+            run = {"task": task, "train_set": train_set, "strategy": strategy, "seed": seed, "n_train": 90}
             run["fingerprint"] = f"{task}{train_set}{strategy}{seed}"
             rows += [run | {"metric": metric, "value": value} for metric, value in found.items()]
     return pd.DataFrame(rows)
@@ -91,7 +91,8 @@ def test_a_study_gets_the_figures_that_its_train_sets_allow(results, bulk, mixed
     ]
     assert list(mixed) == ["fig6_drugs_per_class", "fig7_drugs_share", "fig8_drugs_confusion"]
     controls = made_up({"single_cell": 0.8, "single_cell_k5": 0.7, "single_cell_n10": 0.6})
-    assert list(trainset_figures.drawings(controls, simulated=True)) == ["fig4_drugs_against_k"]
+    both = ["fig4_drugs_against_k", "fig9_drugs_learning_curve"]
+    assert list(trainset_figures.drawings(controls, simulated=True)) == both
 
 
 def test_several_strategies_get_a_figure_each():

@@ -16,9 +16,14 @@ BASELINE = "single_cell"  # the train set of all cells
 SCORES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}
 
 
+def has_few(metrics: pd.DataFrame) -> pd.Series:
+    """Return which rows are of a train set ``single_cell_n<n>``."""
+    return metrics["train_set"].isin([name for name in metrics["train_set"].unique() if parse(name).amount == "n"])
+
+
 def rows_of(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that belong to a learning curve: ``single_cell_n<n>`` and, beside these, all single cells."""
-    few = metrics["train_set"].isin([name for name in metrics["train_set"].unique() if parse(name).amount == "n"])
+    """Return the rows that belong to a learning curve: those that `has_few` names, and beside them all single cells."""
+    few = has_few(metrics)
     return metrics[few | ((metrics["train_set"] == BASELINE) & few.any())]
 
 

@@ -255,7 +255,7 @@ def sentences(metrics: pd.DataFrame) -> dict[str, list[str]]:
     Clear means that the 95 % interval of the paired difference does not include zero. The score is macro-F1.
     """
     said = learning_curves.sentences(metrics)
-    metrics = varied(metrics.drop(learning_curves.rows_of(metrics).index))
+    metrics = varied(metrics[~learning_curves.has_few(metrics)])
     for (task, strategy), rows in metrics.groupby(_RUNS, sort=False):
         texts = _of_one_strategy(rows)
         said.setdefault(task, []).extend(

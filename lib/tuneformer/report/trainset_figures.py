@@ -49,7 +49,7 @@ def drawings(metrics: pd.DataFrame, *, simulated: bool) -> dict[str, Drawing]:
         f"fig9_{task}_learning_curve": learning_curve(rows, title=task, simulated=simulated)
         for task, rows in of_curve.groupby("task", sort=False)
     }
-    metrics = trainset_effects.varied(metrics.drop(of_curve.index))
+    metrics = trainset_effects.varied(metrics[~learning_curves.has_few(metrics)])
     for (task, strategy), rows in metrics.groupby(["task", "strategy"], sort=False):
         named = trainset_effects.needs_name(strategy, metrics)
         stem = f"{task}_{strategy}" if named else task
