@@ -9,6 +9,7 @@ import pytest
 from tuneformer.data.simulate import simulate_sciplex2
 from tuneformer.evaluate.metrics import (
     ScoreError,
+    confidence_tables,
     confusion_table,
     coverage_curve,
     dose_values,
@@ -241,6 +242,17 @@ def test_coverage_curve_by_hand():
     np.testing.assert_allclose(table["accuracy"], [1, 2 / 3, 3 / 4])
     with pytest.raises(ScoreError, match="no class of this run: z"):
         coverage_curve(["z"], np.array([[1.0, 0.0]]), ["a", "b"])
+
+
+def test_a_run_has_both_curves_and_a_failed_one_empty_ones():
+    predictions = pd.DataFrame({"cell": ["x", "y"], "label": ["a", "b"]})
+    predictions[["probability:a", "probability:b"]] = np.array([[0.9, 0.1], [0.6, 0.4]])
+    outcome = Outcome("ok", "", "", ["a", "b"], pd.DataFrame(), 1, {}, 2, 2, 2, predictions)
+    reliability, coverage = confidence_tables(outcome)
+    assert reliability["cells"].sum() == 2
+    assert coverage["accuracy"].tolist() == [1, 0.5]
+    failed = Outcome("failed", "nan", "", ["a", "b"], pd.DataFrame(), None, {}, 2, 2, 2, predictions[:0])
+    assert all(table.empty for table in confidence_tables(failed))
 
 
 def test_macro_f1_counts_every_class_the_same():

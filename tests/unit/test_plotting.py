@@ -195,3 +195,25 @@ def test_an_interrupted_save_leaves_the_old_figure(results, tmp_path, monkeypatc
         plotting.save_figure(*drawing, "tiny", "fig1_scores")
     assert (tmp_path / "tiny" / "fig1_scores.png").read_bytes() == before
     assert len(list((tmp_path / "tiny").iterdir())) == 3
+
+
+def test_confidence_curves_show_bins_with_cells_and_survive_a_failed_run():
+    reliability = pd.DataFrame({"confidence": [np.nan, 0.55, 0.9], "accuracy": [np.nan, 0.5, 0.8]})
+    coverage = pd.DataFrame({"coverage": [0.5, 1.0], "accuracy": [0.8, 0.65]})
+    figure = plotting.confidence_curves(reliability, coverage, title="full on drugs")
+    diagonal, shown = figure.axes[0].lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert shown.get_xydata().tolist() == [[0.55, 0.5], [0.9, 0.8]]
+    assert figure.axes[1].lines[0].get_xydata().tolist() == [[0.5, 0.8], [1.0, 0.65]]
+    assert "full on drugs" in texts(figure)
+    empty = plotting.confidence_curves(reliability[:0], coverage[:0], title="failed")
+    assert len(empty.axes[0].lines[1].get_xdata()) == 0
+
+
+def test_baselines_have_a_colour_of_their_own(results):
+    baseline = results[results["strategy"] == "linear_probe"].assign(strategy="knn_pca")
+    figure = plotting.strategy_scores(pd.concat([results, baseline]), simulated=True).figure
+    assert any("Orange: baselines." in text for text in texts(figure))
+    assert not any("Orange" in text for text in texts(plotting.strategy_scores(results, simulated=True).figure))
+    colors = {line.get_color() for line in figure.axes[0].lines}
+    assert colors == {plotting.PALETTE[0], plotting.PALETTE[1], plotting.CONTROL}
