@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from tuneformer.evaluate.tuning_table import comparison
+from tuneformer.evaluate.tuning_table import comparison, readable
 from tuneformer.study import paths
 
 PUBLISHED = {
@@ -85,3 +85,14 @@ def test_baselines_are_left_out_and_nothing_in_common_is_an_empty_table(params):
     nothing = comparison(metrics_of("mine", simple), metrics_of("mine_tuned", simple))
     assert nothing.empty
     assert list(nothing.columns) == list(table.columns)
+
+
+def test_the_table_for_readers_is_rounded_and_empty_without_a_tuned_copy(params):
+    metrics, tuned = metrics_of("mine", PUBLISHED), metrics_of("mine_tuned", TUNED)
+    shown = readable(comparison(metrics, tuned))
+    assert shown.index.tolist() == list(TUNED)
+    full = shown.loc["doses", "full"]
+    assert (full["One rate for all: rate"], full["Tuned: rate"]) == ("0.001", "0.004")
+    assert full["Difference (95 % interval)"].startswith("+0.067 (")
+    assert shown.loc[("doses", "lora"), "Tuned: macro-F1"] == "-"
+    assert readable(comparison(metrics, tuned[:0])).empty

@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 
-from tuneformer.evaluate.statistics import Interval, interval
+from tuneformer.evaluate.statistics import Interval, interval, with_interval
 from tuneformer.study.params import Strategy, load_study
 
 _KEYS = ["task", "train_set", "strategy"]
@@ -28,7 +28,7 @@ def comparison(metrics: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     metrics, tuned
-        Rows of ``metrics.csv`` of the study and of ``<study>_tuned``.
+        Rows of ``metrics.csv`` of the study and of ``<study>_tuned``; none where it has no tuned copy.
 
     Returns
     -------
@@ -44,13 +44,26 @@ def comparison(metrics: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
         The params file of one of the two studies is missing or cannot be used.
     """
     sides = [_scores(metrics), _scores(tuned)]
-    names = [table["study"].iloc[0] for table in (metrics, tuned)]
+    names = [table["study"].iloc[0] for table in (metrics, tuned) if len(table)]
     rows = [
         dict(zip(_KEYS, key, strict=True)) | _row(key, [side[key] for side in sides], names)
         for key in sides[0]
         if key in sides[1]
     ]
     return pd.DataFrame(rows, columns=_COLUMNS).astype({"freeze_layers": "Int64", "tuned_freeze_layers": "Int64"})
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return `comparison` as text for a reader: rounded, with intervals."""
+    pairs = {"One rate for all": "", "Tuned": "tuned_"}
+    shown = table[["task", "strategy"]].rename(columns={"task": "Task", "strategy": "Strategy"})
+    for title, prefix in pairs.items():
+        shown[f"{title}: rate"] = [f"{rate:.3g}" for rate in table[f"{prefix}learning_rate"]]
+        values = table[[f"{prefix}macro_f1", f"{prefix}low", f"{prefix}high"]]
+        shown[f"{title}: macro-F1"] = [with_interval(*row) for row in values.itertuples(index=False)]
+    paired = table[["difference", "difference_low", "difference_high"]].itertuples(index=False)
+    shown["Difference (95 % interval)"] = [with_interval(*row, sign="+") for row in paired]
+    return shown.set_index(["Task", "Strategy"])
 
 
 def _scores(metrics: pd.DataFrame) -> dict[tuple[str, str, str], pd.Series]:

@@ -211,6 +211,13 @@ def read_metrics(study: str) -> pd.DataFrame:
     return metrics
 
 
+def read_tuned(study: str) -> pd.DataFrame:
+    """Read the metrics of a study's tuned copy (`tuneformer.finetune.tuning`); no rows if it has none with results."""
+    tuned = f"{study}_tuned"
+    has_results = (paths.results_dir(tuned) / "metrics.csv").is_file()
+    return read_metrics(tuned) if has_results else pd.DataFrame(columns=COLUMNS)
+
+
 def read_predictions(study: str) -> pd.DataFrame:
     """Read the predicted class of each test cell in each run of a study, which paired comparisons need.
 
