@@ -243,12 +243,13 @@ def learning_curve(metrics: pd.DataFrame, *, title: str, simulated: bool) -> Dra
     """
     data = learning_curves.learning_curve(metrics)
     figure, axes = plt.subplots(1, len(SCORES), figsize=(10.6, 4.6), layout="constrained")
-    names = list(data["strategy"].unique())
+    names = list(metrics["strategy"].unique())
+    colors = dict(zip([name for name in names if name != statistics.CONTROL], PALETTE * 2, strict=False))
     for ax, (metric, name) in zip(axes, SCORES.items(), strict=True):
         for place, strategy in enumerate(names):
             rows = data[(data["metric"] == metric) & (data["strategy"] == strategy)]
             style = "--" if strategy in get_args(Baseline) else "-"
-            color = CONTROL if strategy == statistics.CONTROL else PALETTE[place % len(PALETTE)]
+            color = colors.get(strategy, CONTROL)
             look = {"color": color, "marker": MARKERS[place % len(MARKERS)], "linestyle": style, "markersize": 5}
             ax.plot(rows["cells"], rows["mean"], label=strategy, **look)
             ax.fill_between(rows["cells"], rows["low"], rows["high"], color=color, alpha=0.1, linewidth=0)
