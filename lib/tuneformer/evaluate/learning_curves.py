@@ -9,11 +9,11 @@ from typing import get_args
 import pandas as pd
 
 from tuneformer.evaluate import statistics
+from tuneformer.evaluate.statistics import SCORES
 from tuneformer.study.params import Baseline
 from tuneformer.study.train_sets import parse
 
 BASELINE = "single_cell"  # the train set of all cells
-SCORES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}
 
 
 def has_few(metrics: pd.DataFrame) -> pd.Series:
@@ -71,7 +71,7 @@ def sentences(metrics: pd.DataFrame) -> dict[str, list[str]]:
         if len(tuned) and statistics.LINEAR in set(own["strategy"]):
             leader = tuned.loc[tuned["mean"].idxmax(), "strategy"]
             found = statistics.paired_difference(own, leader, statistics.LINEAR)
-            verb = "beats" if found.low > 0 else "loses to" if found.high < 0 else "does not clearly beat"
+            verb = statistics.beats(found.low, found.high)
             difference = statistics.with_interval(found.mean, found.low, found.high, sign="+")
             text += f"; of the strategies {leader}, which {verb} {statistics.LINEAR}: {difference}"
         said.setdefault(task, []).append(f"{text}.")

@@ -20,6 +20,7 @@ TREATMENT = "full"  # what the control is treated like, but for the pre-training
 LINEAR = "logistic_counts"  # the baseline that a strategy has to beat
 CONFIDENCE = 0.95
 MISSING = "-"
+SCORES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}  # metrics that figures and tables show, and their names
 RESAMPLES = 9999  # of the seeds, for a bootstrap interval
 COSTS = {"seconds": "cost:wall_seconds", "parameters": "cost:trainable_parameters"}
 
@@ -179,16 +180,16 @@ def headline(judged: pd.DataFrame) -> str:
     if judged.empty:
         return "No run has finished with a score."
     ahead, pays = (judged["lead_low"] > 0).sum(), (judged["gain_low"] > 0).sum()
-    beats = (judged["beating"] > 0).sum()
+    beaten = (judged["beating"] > 0).sum()
     tasks = len(judged)
     if tasks == 1:
-        linear = f"{'A' if beats else 'No'} strategy clearly beats the linear model {LINEAR}."
+        linear = f"{'A' if beaten else 'No'} strategy clearly beats the linear model {LINEAR}."
         lead = "One strategy is clearly ahead." if ahead else "No strategy is clearly ahead."
         worth = "Pre-training clearly pays." if pays else "It is not clear that pre-training pays."
     else:
         lead = f"One strategy is clearly ahead in {ahead or 'none'} of {tasks} tasks."
         worth = f"Pre-training clearly pays in {pays or 'none'} of {tasks} tasks."
-        linear = f"A strategy clearly beats the linear model {LINEAR} in {beats or 'none'} of {tasks} tasks."
+        linear = f"A strategy clearly beats the linear model {LINEAR} in {beaten or 'none'} of {tasks} tasks."
     said = {
         lead: judged["second"].notna().any(),
         worth: judged["pretrained"].notna().any(),
@@ -330,10 +331,15 @@ def _sentence(row: NamedTuple) -> str:
         text.append(f"Pre-training {worth}: {row.pretrained} against {CONTROL}, the same model without it, {gain}.")
     if row.tried:
         beyond = with_interval(row.beyond, row.beyond_low, row.beyond_high, sign="+")
-        verb = "beats" if row.beyond_low > 0 else "loses to" if row.beyond_high < 0 else "does not clearly beat"
+        verb = beats(row.beyond_low, row.beyond_high)
         others = f"; of {row.tried} strategies {row.beating or 'none'} clearly does" if row.tried > 1 else ""
         text.append(f"It {verb} {LINEAR}, a linear model on the counts of the same cells: {beyond}{others}.")
     return " ".join(text)
+
+
+def beats(low: float, high: float) -> str:
+    """Say what the interval of a difference to a rival means: beats it, loses to it, or does not clearly beat it."""
+    return "beats" if low > 0 else "loses to" if high < 0 else "does not clearly beat"
 
 
 def with_interval(mean: float, low: float, high: float, sign: str = "") -> str:

@@ -12,7 +12,8 @@ import pandas as pd
 from scipy import stats
 
 from tuneformer.evaluate import learning_curves, statistics
-from tuneformer.evaluate.learning_curves import BASELINE, SCORES
+from tuneformer.evaluate.learning_curves import BASELINE
+from tuneformer.evaluate.statistics import SCORES, with_interval
 from tuneformer.study.params import Baseline
 from tuneformer.study.train_sets import AGGREGATIONS, GENERATORS, parse
 
@@ -29,7 +30,6 @@ _RUNS = ["task", "strategy"]
 _KEYS = [*_RUNS, "metric"]
 _RECALL = "recall:"
 _JUDGED = "macro_f1"
-_with_interval = statistics.with_interval
 _VERDICTS = ("clearly lower", "clearly higher", "not clearly different", "known for one seed only, without a verdict,")
 
 
@@ -352,7 +352,7 @@ def _on_parts(parts: pd.DataFrame) -> Iterator[str]:
     if parts.empty:
         return
     last = parts[parts["k"] == parts["k"].max()]
-    texts = {row.part: _with_interval(row.fall, row.low, row.high) for row in last.itertuples()}
+    texts = {row.part: with_interval(row.fall, row.low, row.high) for row in last.itertuples()}
     whole = texts.pop(WHOLE)
     listed = ", ".join(f"{part} {text}" for part, text in texts.items())
     yield f"At k = {last['k'].iloc[0]} the whole fall, {whole}, divides into {listed}; a negative part is a gain."
@@ -393,7 +393,7 @@ def _on_synthetic(
         if (values[best] - values[second]).notna().any():
             lead = _difference(values[best], values[second])
             how = "it leads" if lead["low"] > 0 else "it has no clear lead over"
-            shown = _with_interval(lead["difference"], lead["low"], lead["high"], sign="+")
+            shown = with_interval(lead["difference"], lead["low"], lead["high"], sign="+")
             yield (
                 f"Of the generators, {parse(best).generator} scores highest{_score_of(means, best)}; "
                 f"{how} {parse(second).generator}: {shown}."
@@ -427,7 +427,7 @@ def _on_recalls(against: str, recalls: pd.DataFrame) -> Iterator[str]:
     clear = known[(known["low"] > 0) | (known["high"] < 0)]
     items = ", ".join(
         f"{row.metric.removeprefix(_RECALL)} with {row.train_set} "
-        f"{_with_interval(row.difference, row.low, row.high, sign='+')}"
+        f"{with_interval(row.difference, row.low, row.high, sign='+')}"
         for row in clear.itertuples()
     )
     yield (
@@ -442,7 +442,7 @@ def _compared(subject: str, rows: pd.DataFrame, label: str) -> Iterator[str]:
         return
     found: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
     for row in rows.itertuples():
-        shown = _with_interval(row.difference, row.low, row.high, sign="+")
+        shown = with_interval(row.difference, row.low, row.high, sign="+")
         found[_verdict(row)].append(f"{label.format(**row._asdict())}: {shown}")
     said = "; ".join(f"{verdict} for {', '.join(items)}" for verdict, items in found.items() if items)
     yield f"{subject}, macro-F1 is {said}."
@@ -459,7 +459,7 @@ def _score_of(means: pd.DataFrame, train_set: str) -> str:
     if train_set not in means.index:
         return ""
     row = means.loc[train_set]
-    return f", {_with_interval(row['mean'], row['low'], row['high'])}"
+    return f", {with_interval(row['mean'], row['low'], row['high'])}"
 
 
 def _listed(values: Iterable[int]) -> str:

@@ -25,7 +25,6 @@ from tuneformer.study.params import Baseline, Study
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#F0E442")
 MARKERS = "osD^vPX<>"
 CONTROL = "#777777"
-METRIC_NAMES = {"accuracy": "Accuracy", "macro_f1": "Macro-F1"}
 COST_NAMES = {"cost:wall_seconds": "Training time (s)", "cost:trainable_parameters": "Trainable parameters"}
 PANEL_COLUMNS = 3
 WIDE = 100  # ratio of costs above which an axis shows powers of ten only
@@ -264,15 +263,15 @@ def strategy_scores(metrics: pd.DataFrame, *, simulated: bool) -> Drawing:
     -------
     The figure (rows: metrics, columns: tasks) and its table: task, arm, metric, seed, value, mean, low, high.
     """
-    data = pd.concat([_with_intervals(metrics, metric) for metric in METRIC_NAMES], ignore_index=True)
+    data = pd.concat([_with_intervals(metrics, metric) for metric in statistics.SCORES], ignore_index=True)
     tasks, arms = data["task"].unique(), data["arm"].unique()
     size = (2.2 + 3.3 * len(tasks), 1.2 + 2 * (0.8 + 0.3 * len(arms)))
     figure, axes = plt.subplots(2, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for row, metric in zip(axes, METRIC_NAMES, strict=True):
+    for row, metric in zip(axes, statistics.SCORES, strict=True):
         for ax, task in zip(row, tasks, strict=True):
             part = data[(data["metric"] == metric) & (data["task"] == task)]
             _points_and_intervals(ax, part, list(arms))
-            ax.set(xlabel=METRIC_NAMES[metric], title=task if metric == "accuracy" else "")
+            ax.set(xlabel=statistics.SCORES[metric], title=task if metric == "accuracy" else "")
     figure.suptitle(titled("Test score per fine-tuning strategy", simulated=simulated), x=0.01, ha="left")
     key = f"Small points: seeds. Diamond and line: mean and 95 % interval. Dotted: mean of {statistics.CONTROL}."
     key += " Orange: baselines." if set(metrics["strategy"]) & set(get_args(Baseline)) else ""

@@ -240,7 +240,7 @@ def read_predictions(study: str) -> pd.DataFrame:
 
 def _collect_predictions(study: str, fingerprints: set[str]) -> pd.DataFrame:
     """Return the predicted classes of the runs with these fingerprints: from ``runs/``, else as kept before."""
-    parts = []
+    parts, groups = [], {}
     for settings in grid.runs(study):
         record, table = finished_record(settings), paths.run_dir(settings) / "predictions.parquet"
         if record is None or not table.is_file():
@@ -252,8 +252,9 @@ def _collect_predictions(study: str, fingerprints: set[str]) -> pd.DataFrame:
         predicted = names[classes.to_numpy().argmax(axis=1)]
         part = scores[["cell", "label"]].assign(predicted=predicted, fingerprint=record["fingerprint"], **sides)
         if settings.group_by is not None:
-            groups = preprocessing.prepare_cells(settings).obs[settings.group_by].astype(str)
-            part["group"] = groups.loc[part["cell"]].to_numpy()
+            if settings.task not in groups:
+                groups[settings.task] = preprocessing.prepare_cells(settings).obs[settings.group_by].astype(str)
+            part["group"] = groups[settings.task].loc[part["cell"]].to_numpy()
         parts.append(part)
     kept = paths.results_dir(study) / "predictions.parquet"
     made = {fingerprint for part in parts for fingerprint in part["fingerprint"].unique()}

@@ -15,7 +15,7 @@ from scipy import sparse
 from tuneformer.study.train_sets import AGGREGATIONS
 from tuneformer.tokens import tokenizer
 from tuneformer.tokens.vocabulary import Vocabulary, counts_by_gene, gene_ids
-from tuneformer.trainsets.strata import TrainSetError
+from tuneformer.trainsets.strata import TrainSetError, shared_columns
 
 SIZES = (2, 5, 10, 25, 100)  # values of k in the bulk thesis
 SEPARATOR = "\n"  # between the names in obs["member_names"]; a name may hold a space
@@ -366,8 +366,6 @@ def _members(cells: ad.AnnData, groups: np.ndarray, strata: pd.Series) -> np.nda
 
 def _obs(cells: ad.AnnData, rows: np.ndarray, strata: pd.Series, name: str) -> pd.DataFrame:
     """Make the obs of points from one member of each: what has one value in each stratum, and the stratum."""
-    columns = cells.obs.drop(columns=["n_counts", "mito_share"], errors="ignore")
-    fixed = columns.groupby(strata.to_numpy(), observed=True).nunique(dropna=False).eq(1).all()
-    obs = columns.loc[:, fixed].iloc[rows].assign(stratum=strata.iloc[rows].to_numpy())
+    obs = shared_columns(cells, strata).iloc[rows].assign(stratum=strata.iloc[rows].to_numpy())
     obs.index = [f"{name}_{number:04d}" for number in range(1, len(rows) + 1)]
     return obs

@@ -61,5 +61,12 @@ def strata(cells: "ad.AnnData", settings: Study) -> pd.Series:
     return pd.Series(values, index=label.index, name="stratum").astype(dtype)
 
 
+def shared_columns(cells: "ad.AnnData", strata: pd.Series) -> pd.DataFrame:
+    """Return the obs columns with one value in each stratum, such as label and dose, which made cells take over."""
+    columns = cells.obs.drop(columns=["n_counts", "mito_share"], errors="ignore")
+    fixed = columns.groupby(strata.to_numpy(), observed=True).nunique(dropna=False).eq(1).all()
+    return columns.loc[:, fixed]
+
+
 def _text(dose: object) -> str:
     return f"{dose:g}" if isinstance(dose, float) else str(dose)

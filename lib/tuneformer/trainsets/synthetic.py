@@ -84,7 +84,7 @@ from scipy import sparse, special, stats
 from sklearn.decomposition import PCA
 
 from tuneformer.study.train_sets import GENERATORS
-from tuneformer.trainsets.strata import TrainSetError
+from tuneformer.trainsets.strata import TrainSetError, shared_columns
 
 ENTRIES = 1_000_000  # cells x genes worked on at a time, 8 MB an array
 FACTOR_CELLS = 2000  # most cells from which the latent correlations of nb_copula are estimated
@@ -115,9 +115,7 @@ def bulk_points(cells: ad.AnnData, strata: pd.Series) -> ad.AnnData:
     names, first, members = codes.categories, *np.unique(codes.codes, return_index=True, return_counts=True)[1:]
     indicator = sparse.csr_matrix((1 / members[codes.codes], (codes.codes, np.arange(cells.n_obs))))
     means = sparse.csr_matrix(indicator @ sparse.csr_matrix(cells.X, dtype=np.float64))
-    columns = cells.obs.drop(columns=["n_counts", "mito_share"], errors="ignore")
-    fixed = columns.groupby(codes.codes).nunique(dropna=False).eq(1).all()
-    obs = columns.loc[:, fixed].iloc[first].set_axis(names.astype(str))
+    obs = shared_columns(cells, strata).iloc[first].set_axis(names.astype(str))
     obs["stratum"] = pd.Categorical(names, categories=names)
     obs["n_counts"] = np.asarray(means.sum(axis=1)).ravel()
     obs["members"] = members
