@@ -12,8 +12,9 @@ from tuneformer.study.run import checkpoint_hash, executed_path, fingerprint
 BATCH = config.get("study", grid.DEFAULT)
 RUNS = grid.batch(BATCH)
 STUDIES = list(dict.fromkeys(run.study for run in RUNS))
-TASKS = {(run.study, run.task): run for run in RUNS}
-SIDES = {key: f"{{{key}}}" for key in ("study", "task", "train_set", "strategy", "seed")}
+PARTS = {(run.study, paths.part_name(run)): run for run in RUNS}  # tasks, or folds of tasks: what has its own split
+SIDES = {"study": "{study}", "task": "{part}", "fold": None}
+SIDES |= {key: f"{{{key}}}" for key in ("train_set", "strategy", "seed")}
 PATTERN = RUNS[0].model_copy(update=SIDES)
 SINGLE_CELLS = PATTERN.model_copy(update={"train_set": "single_cell"})
 TOKENS = paths.tokens_path(SINGLE_CELLS) / "tokens.json"
@@ -34,7 +35,7 @@ localrules:  # seconds each, so not worth a job on a cluster
 
 wildcard_constraints:
     study=NAME,
-    task=NAME,
+    part=rf"{NAME}(/fold\d+)?",
     train_set=NAME,
     strategy="|".join(map(re.escape, {strategy for run in RUNS for strategy in run.strategies})),
     seed=r"-?\d+",
@@ -42,17 +43,29 @@ wildcard_constraints:
 
 def parameters(section):
     """Return what a rule's results depend on, so that Snakemake makes them again when it changes."""
-    return lambda wildcards: fingerprint(TASKS[wildcards.study, wildcards.task].section(section))
+    return lambda wildcards: fingerprint(part_of(wildcards).section(section), part_of(wildcards).folds)
+
+
+def part_of(wildcards):
+    """Return the settings of a task, or of one fold of it."""
+    return PARTS[wildcards.study, wildcards.part]
+
+
+def asked(wildcards):
+    """Return the options that name a task, and its fold where it has one."""
+    run = part_of(wildcards)
+    fold = "" if run.fold is None else f" --fold {run.fold}"
+    return f"--study {shlex.quote(run.study)} --task {shlex.quote(run.task)}{fold}"
 
 
 def checkpoint(wildcards):
     """Return the revision of the checkpoint, for the rules that read it."""
-    return checkpoint_hash(TASKS[wildcards.study, wildcards.task].checkpoint)
+    return checkpoint_hash(part_of(wildcards).checkpoint)
 
 
 def own_file(wildcards):
     """Return the h5ad file of a study of own cells; a file that is missing is explained by the notebook."""
-    path = TASKS[wildcards.study, wildcards.task].path
+    path = part_of(wildcards).path
     return [file for file in [path and paths.user_path(path)] if file and file.is_file()]
 
 
@@ -71,15 +84,15 @@ def cells_of(wildcards):
 
 def seeds(wildcards):
     """Return the seeds of the batch for one train set."""
-    of = (wildcards.study, wildcards.task, wildcards.train_set)
-    return sorted({run.seed for run in RUNS if (run.study, run.task, run.train_set) == of})
+    of = (wildcards.study, wildcards.part, wildcards.train_set)
+    return sorted({run.seed for run in RUNS if (run.study, paths.part_name(run), run.train_set) == of})
 
 
 def shown():
     """Return the tables of the notebooks that show the made cells of the batch, one a task and kind."""
-    kinds = {(run.study, run.task, train_sets.parse(run.train_set).kind) for run in RUNS}
+    kinds = {(run.study, paths.part_name(run), train_sets.parse(run.train_set).kind) for run in RUNS}
     return [
-        paths.task_dir(TASKS[study, task]) / MADE[kind] for study, task, kind in sorted(kinds) if kind in MADE
+        paths.task_dir(PARTS[study, part]) / MADE[kind] for study, part, kind in sorted(kinds) if kind in MADE
     ]
 
 
@@ -111,11 +124,12 @@ rule qc:
     output:
         paths.cells_path(PATTERN),
     params:
+        asked=asked,
         fingerprint=parameters(CellsParams),
     log:
         executed_path("01_qc", PATTERN),
     shell:
-        "{RUN} 01_qc --study {wildcards.study:q} --task {wildcards.task:q}"
+        "{RUN} 01_qc {params.asked}"
 
 
 rule tokenize:
@@ -124,12 +138,13 @@ rule tokenize:
     output:
         TOKENS,
     params:
+        asked=asked,
         fingerprint=parameters(TokensParams),
         checkpoint=checkpoint,
     log:
         executed_path("02_tokenize", SINGLE_CELLS),
     shell:
-        "{RUN} 02_tokenize --study {wildcards.study:q} --task {wildcards.task:q}"
+        "{RUN} 02_tokenize {params.asked}"
 
 
 rule pseudobulk:
@@ -138,12 +153,13 @@ rule pseudobulk:
     output:
         paths.task_dir(PATTERN) / "pseudobulk.csv",
     params:
+        asked=asked,
         fingerprint=parameters(TrainSetParams),
         checkpoint=checkpoint,
     log:
         executed_path("03_pseudobulk", PATTERN),
     shell:
-        "{RUN} 03_pseudobulk --study {wildcards.study:q} --task {wildcards.task:q}"
+        "{RUN} 03_pseudobulk {params.asked}"
 
 
 rule synthetic:
@@ -152,12 +168,13 @@ rule synthetic:
     output:
         paths.task_dir(PATTERN) / "realism.csv",
     params:
+        asked=asked,
         fingerprint=parameters(TrainSetParams),
         checkpoint=checkpoint,
     log:
         executed_path("04_synthetic", PATTERN),
     shell:
-        "{RUN} 04_synthetic --study {wildcards.study:q} --task {wildcards.task:q}"
+        "{RUN} 04_synthetic {params.asked}"
 
 
 rule finetune:
@@ -168,11 +185,12 @@ rule finetune:
         # just when the batch was killed is loaded; the job itself deletes a record that is not of this very run.
         update(paths.run_dir(PATTERN) / "record.json"),
     params:
+        asked=asked,
         fingerprint=parameters(TrainingParams),
         checkpoint=checkpoint,
     threads: 1
     shell:
-        "{RUN} 05_finetune_strategies --study {wildcards.study:q} --task {wildcards.task:q}"
+        "{RUN} 05_finetune_strategies {params.asked}"
         " --train-set {wildcards.train_set:q} --strategy {wildcards.strategy:q} --seed {wildcards.seed:q}"
         " -p threads {threads}"
 
@@ -183,12 +201,13 @@ rule baselines:
     output:
         touch(paths.train_set_dir(PATTERN) / "baselines.done"),
     params:
+        asked=asked,
         fingerprint=parameters(TrainingParams),
         checkpoint=checkpoint,
-        baselines=lambda wildcards: TASKS[wildcards.study, wildcards.task].baselines,
+        baselines=lambda wildcards: part_of(wildcards).baselines,
         seeds=seeds,
     shell:
-        "{PYTHON} -m tuneformer.report.baseline_runs --study {wildcards.study:q} --task {wildcards.task:q}"
+        "{PYTHON} -m tuneformer.report.baseline_runs {params.asked}"
         " --train-set {wildcards.train_set:q} --seeds {params.seeds}"
 
 

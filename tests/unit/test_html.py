@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from tuneformer.report import html, plotting, records
 from tuneformer.study import paths
-from tuneformer.study.params import Baseline, Strategy, load_study
+from tuneformer.study.params import load_study
+from tuneformer.study.treatments import Baseline, Strategy
 from tuneformer.study.train_sets import FORMS, parse
 
 LOADS = {"src", "srcset", "data", "poster", "action", "background", "xlink:href", "formaction", "manifest"}

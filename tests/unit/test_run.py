@@ -113,7 +113,7 @@ def test_the_executed_notebook_shows_its_parameters(repository):
     [
         (["05_finetune"], 2, "notebooks/05_finetune.ipynb does not exist; the notebooks are 01_qc, 02_tokenize, 05_"),
         (["01_qc", "--task", "drug_5clas"], 2, "'drug_5clas' is not a task of params/tiny.yaml"),
-        (["01_qc", "--strategy", "ful"], 2, "the changes of a run of tiny: strategy: Input should be 'full'"),
+        (["01_qc", "--strategy", "ful"], 2, "strategy: 'ful' is no strategy (did you mean 'full'?)"),
         (["01_qc", "-p", "epoch", "3"], 2, "unknown key 'epoch'; the nearest valid key is 'epochs'"),
         (["05_finetune_strategies", "--strategy", "full"], 1, "raised ValueError: the loss is not a number (see runs/"),
     ],

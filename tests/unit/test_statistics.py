@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from tuneformer.evaluate import statistics
+from tuneformer.evaluate import comparisons, statistics
 
 BASE = np.array([0.5, 0.6, 0.7])
 CLEAR = np.array([0.10, 0.11, 0.12])  # differences whose 95 % interval lies above zero
@@ -245,3 +245,30 @@ def test_a_strategy_is_held_against_the_linear_model(results):
     ahead = statistics.verdicts(pd.concat([results, linear]))
     assert "It beats logistic_counts" in statistics.sentences(ahead)["drugs"]
     assert (ahead["beating"] >= 1).all()
+
+
+def folds(values: dict[str, list[float]], *, n_train: int, n_test: int) -> pd.DataFrame:
+    """Return macro-F1 rows of one seed, one fold after the other."""
+    rows = [
+        {"strategy": name, "seed": 0, "fold": float(fold), "value": value, "n_train": n_train, "n_test": n_test}
+        for name, scores in values.items()
+        for fold, value in enumerate(scores)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_interval_over_folds_is_that_of_the_corrected_resampled_t_test():
+    scores = {"full": [0.7, 0.72, 0.69, 0.75, 0.71], "selective": [0.66, 0.7, 0.69, 0.7, 0.65]}
+    rows = folds(scores, n_train=80, n_test=20)
+    found = statistics.paired_difference(rows, "full", "selective")
+    expected = comparisons.resampled_t_test(np.subtract(*scores.values()), n_train=80, n_test=20)
+    assert (found.mean, found.low, found.high) == pytest.approx((expected.difference, expected.low, expected.high))
+    mean = statistics.over_runs(rows[rows["strategy"] == "full"])
+    plain = statistics.interval(scores["full"])
+    assert (mean.high - mean.low) == pytest.approx((plain.high - plain.low) * np.sqrt((1 / 5 + 1 / 4) / (1 / 5)))
+
+
+def test_without_folds_the_interval_is_the_plain_one():
+    rows = folds({"full": [0.7, 0.72, 0.69]}, n_train=80, n_test=20).assign(fold=np.nan, seed=[0, 1, 2])
+    assert statistics.over_runs(rows) == statistics.interval([0.7, 0.72, 0.69])
+    assert statistics.by_run(rows, "strategy").index.to_list() == [0, 1, 2]

@@ -152,14 +152,20 @@ def select_task_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
 
 
 def split_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
-    """Give the cells of a task ``obs["split"]`` (see `splits.assign_split`); returns `adata`, changed in place."""
-    adata.obs["split"] = splits.assign_split(
-        adata.obs["label"],
-        test_share=settings.test_share,
-        validation_share=settings.validation_share,
-        seed=settings.split_seed,
-        groups=None if settings.group_by is None else adata.obs[settings.group_by],
-    )
+    """Give the cells of a task ``obs["split"]``, in a cross-validation that of its fold.
+
+    See `splits.assign_split` and `splits.assign_fold_split`; returns `adata`, changed in place.
+    """
+    options = {
+        "validation_share": settings.validation_share,
+        "seed": settings.split_seed,
+        "groups": None if settings.group_by is None else adata.obs[settings.group_by],
+    }
+    if settings.fold is None:
+        split = splits.assign_split(adata.obs["label"], test_share=settings.test_share, **options)
+    else:
+        split = splits.assign_fold_split(adata.obs["label"], folds=settings.folds, fold=settings.fold, **options)
+    adata.obs["split"] = split
     return adata
 
 
@@ -178,8 +184,9 @@ def class_table(adata: ad.AnnData) -> pd.DataFrame:
 
 
 def cells_fingerprint(settings: Study) -> str:
-    """Return the fingerprint of the cells that a study asks for: its parameters and the source of its cells."""
-    return fingerprint(settings.section(CellsParams), catalog.source_hash(settings))
+    """Return the fingerprint of the cells that a study asks for: its parameters, fold and the source of its cells."""
+    fold = [] if settings.fold is None else [settings.folds, settings.fold]
+    return fingerprint(settings.section(CellsParams), catalog.source_hash(settings), *fold)
 
 
 def write_cells(adata: ad.AnnData, settings: Study) -> dict:

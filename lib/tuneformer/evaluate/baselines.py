@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,15 +39,15 @@ from threadpoolctl import threadpool_limits
 
 from tuneformer.finetune import checkpoints, hardware, training
 from tuneformer.finetune.collator import CellCollator
-from tuneformer.study.params import Baseline, ParameterError, Study
+from tuneformer.study.params import ParameterError, Study
 from tuneformer.study.run import training_fingerprint
+from tuneformer.study.treatments import BASELINES
 from tuneformer.tokens.tokenizer import Tokens
 from tuneformer.tokens.vocabulary import TARGET_SUM
 
 if TYPE_CHECKING:
     import anndata as ad
 
-BASELINES: tuple[str, ...] = get_args(Baseline)
 
 VARIABLE_GENES = 2000
 COMPONENTS = 50

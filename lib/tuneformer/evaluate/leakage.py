@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
@@ -18,8 +18,9 @@ import pandas as pd
 
 from tuneformer.data import splits
 from tuneformer.study import grid, paths
-from tuneformer.study.params import Baseline, ParameterError, Study
+from tuneformer.study.params import ParameterError, Study
 from tuneformer.study.run import finished_record
+from tuneformer.study.treatments import BASELINES
 from tuneformer.tokens import tokenizer
 from tuneformer.tokens.vocabulary import Vocabulary
 from tuneformer.trainsets import pseudobulk
@@ -85,7 +86,7 @@ def check_cells(settings: Study, cells: "ad.AnnData") -> list[Finding]:
     cells
         As `tuneformer.data.preprocessing.prepare_cells` makes them.
     """
-    where = f"{settings.study} {settings.task}"
+    where = f"{settings.study} {paths.part_name(settings)}"
     findings = []
     twice = cells.obs_names[cells.obs_names.duplicated()].unique()
     if len(twice):
@@ -225,7 +226,7 @@ def check_study(study: str) -> tuple[list[Finding], Checked]:
     """
     runs = grid.runs(study)
     findings, checked = [], Checked(asked=len(runs))
-    for _, of_task in groupby(runs, key=lambda run: run.task):
+    for _, of_task in groupby(runs, key=paths.part_name):
         finished = [(run, record) for run in of_task if (record := finished_record(run)) is not None]
         if finished:
             findings += _check_task(finished, checked)
@@ -386,7 +387,7 @@ def _check_choice(settings: Study, record: Mapping[str, Any], where: str) -> lis
     """Check that validation cells alone chose the epoch, or the point of the grid, that was tested."""
     history = pd.DataFrame(record["history"])
     best = history[history[CHOSEN_BY] == history[CHOSEN_BY].max()]
-    is_baseline = settings.strategy in get_args(Baseline)
+    is_baseline = settings.strategy in BASELINES
     chosen = best.loc[best["validation_loss"].idxmin() if is_baseline else best.index[0], "epoch"]
     if record["best_epoch"] == chosen:
         return []

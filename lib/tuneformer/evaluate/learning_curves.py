@@ -4,14 +4,12 @@ In: rows of ``metrics.csv`` of a study with train sets ``single_cell_n<n>``. Out
 class, and what to do with so many cells in a sentence. Empty for other studies.
 """
 
-from typing import get_args
-
 import pandas as pd
 
 from tuneformer.evaluate import statistics
 from tuneformer.evaluate.statistics import SCORES
-from tuneformer.study.params import Baseline
 from tuneformer.study.train_sets import parse
+from tuneformer.study.treatments import BASELINES
 
 BASELINE = "single_cell"  # the train set of all cells
 
@@ -44,7 +42,7 @@ def learning_curve(metrics: pd.DataFrame) -> pd.DataFrame:
         {
             **dict(zip(keys, key, strict=True)),
             "cells": part["n_train"].mean() / classes[key[0]],
-            **statistics.interval(part["value"])._asdict(),
+            **statistics.over_runs(part)._asdict(),
         }
         for key, part in scored.groupby(keys, sort=False)
     ]
@@ -66,7 +64,7 @@ def sentences(metrics: pd.DataFrame) -> dict[str, list[str]]:
         best = table.loc[table["mean"].idxmax()]
         score = statistics.with_interval(best["mean"], best["low"], best["high"])
         text = f"With {best['cells']:.0f} cells of each class {best['strategy']} scores highest, {score}"
-        tuned = table[~table["strategy"].isin([*get_args(Baseline), statistics.CONTROL])]
+        tuned = table[~table["strategy"].isin([*BASELINES, statistics.CONTROL])]
         own = rows[(rows["task"] == task) & (rows["train_set"] == train_set)]
         if len(tuned) and statistics.LINEAR in set(own["strategy"]):
             leader = tuned.loc[tuned["mean"].idxmax(), "strategy"]

@@ -2,18 +2,19 @@
 
 In: rows of ``metrics.csv``. Out: means over seeds with 95 % t intervals. They cover the spread between seeds (training
 cells drawn, head, order) on one fixed test set; they do not cover the choice of the test cells, as the tests in
-`tuneformer.evaluate.comparisons` do.
+`tuneformer.evaluate.comparisons` do. In a cross-validation the intervals are over seeds and folds, and wider, because
+the training cells of the folds overlap.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from tuneformer.evaluate.metrics import confusion_table
-from tuneformer.study.params import Baseline
+from tuneformer.study.treatments import BASELINES
 
 CONTROL = "random_init"
 TREATMENT = "full"  # what the control is treated like, but for the pre-training
@@ -35,10 +36,18 @@ class Interval(NamedTuple):
     n: int
 
 
-def interval(values: Iterable[float]) -> Interval:
+def interval(values: Iterable[float], *, overlap: float = 0.0) -> Interval:
     """Return the mean of the values (one per seed) with its 95 % interval after Student's t distribution.
 
     Missing values are left out. With one value there is no spread, so sd, low and high are NaN.
+
+    Parameters
+    ----------
+    values
+        One a seed, or in a cross-validation one a seed and fold.
+    overlap
+        Test cells per training cell of a fold; 0 for values that are independent. The variance of the mean of J values
+        is (1/J + overlap) times theirs (Nadeau and Bengio 2003, Machine Learning 52:239, section 5).
 
     Raises
     ------
@@ -55,8 +64,33 @@ def interval(values: Iterable[float]) -> Interval:
     if n == 1:
         return Interval(mean, np.nan, np.nan, np.nan, n)
     sd = float(values.std(ddof=1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / np.sqrt(n)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd * np.sqrt(1 / n + overlap)
     return Interval(mean, sd, float(mean - half), float(mean + half), n)
+
+
+def over_runs(rows: pd.DataFrame) -> Interval:
+    """Return the mean of the column value over runs with its `interval`: over seeds, or over seeds and folds.
+
+    Parameters
+    ----------
+    rows
+        Rows of ``metrics.csv`` of one arm and one metric: value and, where there are folds, fold, n_train and n_test.
+    """
+    return interval(rows["value"], overlap=overlap(rows))
+
+
+def by_run(rows: pd.DataFrame, columns: str) -> pd.DataFrame:
+    """Lay out the column value: one row a seed, or seed and fold, and one column a value of `columns`."""
+    if overlap(rows) == 0:
+        return rows.pivot(index="seed", columns=columns, values="value")
+    return rows.pivot(index=["seed", "fold"], columns=columns, values="value")
+
+
+def overlap(rows: pd.DataFrame) -> float:
+    """Return the test cells per training cell of the folds of a cross-validation; 0 without folds."""
+    if "fold" not in rows or rows["fold"].isna().all():
+        return 0.0
+    return float((rows["n_test"] / rows["n_train"]).mean())
 
 
 def bootstrap_interval(values: Iterable[float]) -> Interval:
@@ -85,11 +119,13 @@ def paired_difference(scores: pd.DataFrame, a: str, b: str) -> Interval:
     """Return the mean of (score of `a` - score of `b`) over the seeds that both have, with its 95 % t interval.
 
     Runs of one seed share training cells, head initialisation and order, so the pair removes what they have in common.
+    In a cross-validation, pairs are runs of one seed and fold.
 
     Parameters
     ----------
     scores
-        Columns strategy, seed, value: one row per run, of one task, one train set and one metric.
+        Columns strategy, seed, value and, where there are folds, fold, n_train, n_test: one row per run, of one task,
+        one train set and one metric.
     a, b
         Strategies.
 
@@ -100,7 +136,7 @@ def paired_difference(scores: pd.DataFrame, a: str, b: str) -> Interval:
     """
     rows = scores.dropna(subset=["value"])
     rows = rows[rows["strategy"].isin([a, b])]
-    twice = rows[rows.duplicated(["strategy", "seed"])]
+    twice = rows[rows.duplicated(["strategy", "seed", *({"fold"} & set(rows))])]
     if not twice.empty:
         msg = (
             f"{twice['strategy'].iloc[0]} has several scores for seed {twice['seed'].iloc[0]}: "
@@ -111,11 +147,11 @@ def paired_difference(scores: pd.DataFrame, a: str, b: str) -> Interval:
         if name not in set(rows["strategy"]):
             msg = f"{name} has no scores here; strategies with scores: {', '.join(scores['strategy'].unique())}."
             raise ValueError(msg)
-    wide = rows.pivot(index="seed", columns="strategy", values="value").dropna()
+    wide = by_run(rows, "strategy").dropna()
     if wide.empty:
         msg = f"{a} and {b} have no seed in common, so they cannot be compared seed by seed."
         raise ValueError(msg)
-    return interval(wide[a] - wide[b])
+    return interval(wide[a] - wide[b], overlap=overlap(rows))
 
 
 def with_arms(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -168,7 +204,7 @@ def verdicts(metrics: pd.DataFrame) -> pd.DataFrame:
     nothing to compare. Baselines are never the best or the second.
     """
     scored = answer_table(metrics).dropna(subset=["macro_f1"])
-    scored = scored[~scored["strategy"].isin(get_args(Baseline))]
+    scored = scored[~scored["strategy"].isin(BASELINES)]
     return pd.DataFrame([_verdict(metrics, table) for _, table in scored.groupby("task", sort=False)])
 
 
@@ -259,8 +295,8 @@ def off_reference(metrics: pd.DataFrame, expected: Mapping[str, float], toleranc
 def _answer_row(part: pd.DataFrame) -> dict[str, float]:
     values = {metric: rows["value"].dropna() for metric, rows in part.groupby("metric")}
     missing = pd.Series(dtype=float)
-    scores = values.get("macro_f1", missing)
-    found = interval(scores) if len(scores) else Interval(np.nan, np.nan, np.nan, np.nan, 0)
+    scores = part[(part["metric"] == "macro_f1") & part["value"].notna()]
+    found = over_runs(scores) if len(scores) else Interval(np.nan, np.nan, np.nan, np.nan, 0)
     failed = part.loc[part["metric"].str.startswith("status:"), "fingerprint"].nunique()
     return {
         "runs": part["fingerprint"].nunique(),
@@ -277,7 +313,7 @@ def _against(
     metrics: pd.DataFrame, task: str, train_set: str, strategy: str, control: str
 ) -> tuple[float, float, float]:
     missing = (np.nan, np.nan, np.nan)
-    if strategy == control or strategy in get_args(Baseline):
+    if strategy == control or strategy in BASELINES:
         return missing
     rows = _macro_f1(metrics, task, train_set)
     if not _share_a_seed(rows, strategy, control):
@@ -288,7 +324,8 @@ def _against(
 
 def _macro_f1(metrics: pd.DataFrame, task: str, train_set: str) -> pd.DataFrame:
     is_asked = (metrics["task"] == task) & (metrics["train_set"] == train_set) & (metrics["metric"] == "macro_f1")
-    return metrics.loc[is_asked, ["strategy", "seed", "value"]].dropna()
+    columns = ["strategy", "seed", "fold", "value", "n_train", "n_test"]
+    return metrics.loc[is_asked, metrics.columns.intersection(columns)].dropna(subset=["value"])
 
 
 def _verdict(metrics: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:

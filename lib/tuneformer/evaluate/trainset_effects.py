@@ -5,7 +5,7 @@ and what they say in sentences. A train set that the study does not have, or who
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,8 @@ from scipy import stats
 from tuneformer.evaluate import learning_curves, statistics
 from tuneformer.evaluate.learning_curves import BASELINE
 from tuneformer.evaluate.statistics import SCORES, with_interval
-from tuneformer.study.params import Baseline
 from tuneformer.study.train_sets import AGGREGATIONS, GENERATORS, parse
+from tuneformer.study.treatments import BASELINES
 
 PARTS = ("fewer steps", "fewer points", "averaging", "depth and length")
 WHOLE = "whole fall"
@@ -49,14 +49,13 @@ def varied(metrics: pd.DataFrame) -> pd.DataFrame:
 
 def compares_strategies(metrics: pd.DataFrame) -> bool:
     """Return whether `strategy_rows` hold something to compare; not so where the study varies the train set alone."""
-    fine_tuned = strategy_rows(metrics[~metrics["strategy"].isin(get_args(Baseline))])
+    fine_tuned = strategy_rows(metrics[~metrics["strategy"].isin(BASELINES)])
     return metrics["train_set"].nunique() == 1 or statistics.with_arms(fine_tuned)["arm"].nunique() > 1
 
 
 def needs_name(strategy: str, metrics: pd.DataFrame) -> bool:
     """Return whether a result has to name its strategy: a baseline, or one of several fine-tuning strategies."""
-    baselines = get_args(Baseline)
-    return strategy in baselines or len(set(metrics["strategy"]) - set(baselines)) > 1
+    return strategy in BASELINES or len(set(metrics["strategy"]) - set(BASELINES)) > 1
 
 
 def series(train_set: str) -> str:
@@ -82,8 +81,8 @@ def scores(metrics: pd.DataFrame) -> pd.DataFrame:
     the number of seeds. NaN where one seed gives no interval.
     """
     rows = [
-        {**keys, "train_set": name, **statistics.interval(values)._asdict()}
-        for keys, by_seed in _groups(metrics)
+        {**keys, "train_set": name, **statistics.interval(values, overlap=overlap)._asdict()}
+        for keys, by_seed, overlap in _groups(metrics)
         for name, values in by_seed.items()
         if values.notna().any()
     ]
@@ -102,8 +101,8 @@ def differences(metrics: pd.DataFrame) -> pd.DataFrame:
     high (95 % interval) and n, the number of seeds that both have.
     """
     rows = [
-        {**keys, "train_set": name, "against": against, **_difference(by_seed[name], by_seed[against])}
-        for keys, by_seed in _groups(metrics)
+        {**keys, "train_set": name, "against": against, **_difference(by_seed[name], by_seed[against], overlap)}
+        for keys, by_seed, overlap in _groups(metrics)
         for name in by_seed
         for against in _controls(name)
         if against in by_seed and (by_seed[name] - by_seed[against]).notna().any()
@@ -150,7 +149,7 @@ def decomposition(metrics: pd.DataFrame) -> pd.DataFrame:
     for each part, so that the parts add up. A k that misses one of the five is left out.
     """
     rows = []
-    for keys, by_seed in _groups(metrics):
+    for keys, by_seed, overlap in _groups(metrics):
         if keys["metric"] not in SCORES:
             continue
         for k in sorted({said.k for said in map(parse, by_seed) if said.k}):
@@ -168,7 +167,7 @@ def decomposition(metrics: pd.DataFrame) -> pd.DataFrame:
                 continue
             stages = [*zip(PARTS, path[:-1], path[1:], strict=True), (WHOLE, path[0], path[-1])]
             for part, before, after in stages:
-                found = _difference(complete[before], complete[after])
+                found = _difference(complete[before], complete[after], overlap)
                 rows.append({**keys, "k": k, "part": part, "fall": found.pop("difference"), **found})
     return pd.DataFrame(rows, columns=[*_KEYS, "k", "part", "fall", "low", "high", "n"])
 
@@ -186,7 +185,7 @@ def aggregations(metrics: pd.DataFrame) -> pd.DataFrame:
     One row per k that has all three and at least two such seeds. p is 1 where the three agree in every seed.
     """
     rows = []
-    for keys, by_seed in _groups(metrics):
+    for keys, by_seed, _ in _groups(metrics):
         if keys["metric"] not in SCORES:
             continue
         for k in sorted({said.k for said in map(parse, by_seed) if said.k}):
@@ -269,12 +268,15 @@ def lines(metrics: pd.DataFrame) -> list[str]:
     return [f"{task}: {text}" for task, texts in sentences(metrics).items() for text in texts] or [ALONE]
 
 
-def _groups(metrics: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
-    """Yield task, strategy and metric with the values, (seeds, train sets), in the order of the rows."""
+def _groups(metrics: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame, float]]:
+    """Yield task, strategy and metric with the values, (runs, train sets), in the order of the rows, and the overlap.
+
+    A run is a seed, or a seed and fold; for the overlap of folds see `statistics.interval`.
+    """
     is_score = metrics["metric"].isin(SCORES) | metrics["metric"].str.startswith(_RECALL)
     for key, rows in metrics[is_score].groupby(_KEYS, sort=False):
-        by_seed = rows.pivot(index="seed", columns="train_set", values="value")
-        yield dict(zip(_KEYS, key, strict=True)), by_seed[list(dict.fromkeys(rows["train_set"]))]
+        by_run = statistics.by_run(rows, "train_set")[list(dict.fromkeys(rows["train_set"]))]
+        yield dict(zip(_KEYS, key, strict=True)), by_run, statistics.overlap(rows)
 
 
 def _controls(name: str) -> list[str]:
@@ -288,8 +290,8 @@ def _controls(name: str) -> list[str]:
     return against
 
 
-def _difference(a: pd.Series, b: pd.Series) -> dict[str, float]:
-    found = statistics.interval(a - b)
+def _difference(a: pd.Series, b: pd.Series, overlap: float) -> dict[str, float]:
+    found = statistics.interval(a - b, overlap=overlap)
     return {"difference": found.mean, "low": found.low, "high": found.high, "n": found.n}
 
 
@@ -389,9 +391,10 @@ def _on_synthetic(
     generators = [f"synthetic_{name}" for name in GENERATORS if f"synthetic_{name}" in means.index]
     if len(generators) > 1:
         best, second = means.loc[generators, "mean"].sort_values(ascending=False, kind="stable").index[:2]
-        values = metrics[metrics["metric"] == _JUDGED].pivot(index="seed", columns="train_set", values="value")
+        runs = metrics[metrics["metric"] == _JUDGED]
+        values = statistics.by_run(runs, "train_set")
         if (values[best] - values[second]).notna().any():
-            lead = _difference(values[best], values[second])
+            lead = _difference(values[best], values[second], statistics.overlap(runs))
             how = "it leads" if lead["low"] > 0 else "it has no clear lead over"
             shown = with_interval(lead["difference"], lead["low"], lead["high"], sign="+")
             yield (

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from tuneformer.evaluate.statistics import Interval, interval, with_interval
-from tuneformer.study.params import Strategy, load_study
+from tuneformer.study.params import load_study
+from tuneformer.study.treatments import Strategy
 
 _KEYS = ["task", "train_set", "strategy"]
 _SIDE = ["learning_rate", "freeze_layers", "macro_f1", "low", "high", "seeds"]

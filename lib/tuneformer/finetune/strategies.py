@@ -7,13 +7,13 @@ of groups and epochs that a notebook shows.
 import math
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import get_args
 
 import pandas as pd
 from torch import nn
 
 from tuneformer.finetune.checkpoints import CellClassifier
-from tuneformer.study.params import Baseline, ParameterError, Study
+from tuneformer.study.params import ParameterError, Study
+from tuneformer.study.treatments import BASELINES
 
 HEAD = ("pooler", "classifier")
 NEVER = math.inf
@@ -66,7 +66,7 @@ def prepare(settings: Study, model: CellClassifier) -> Plan:
     ParameterError
         ``freeze_layers`` is larger than the number of encoder layers, or the strategy is a baseline.
     """
-    if settings.strategy in get_args(Baseline):
+    if settings.strategy in BASELINES:
         msg = (
             f"strategy: {settings.strategy} is a baseline, which is fitted and not fine-tuned; run "
             f"python -m tuneformer.report.baseline_runs --study {settings.study} --task {settings.task} "
@@ -76,7 +76,8 @@ def prepare(settings: Study, model: CellClassifier) -> Plan:
     body = ["embeddings", *(f"layer_{number}" for number in range(model.config.num_hidden_layers))]
     starts = dict.fromkeys([*body, *HEAD], 0.0)
     factors = dict.fromkeys([*body, *HEAD], 1.0)
-    match settings.strategy:
+    strategy = settings.base_strategy
+    match strategy:
         case "linear_probe":
             starts |= dict.fromkeys(body, NEVER)
         case "selective":
@@ -91,7 +92,7 @@ def prepare(settings: Study, model: CellClassifier) -> Plan:
         case "lp_ft":
             starts |= dict.fromkeys(body, _stage_start(settings.head_share, settings.epochs, n_stages=2))
         case "gradual_last_to_first" | "gradual_first_to_last":
-            order = body if settings.strategy == "gradual_first_to_last" else body[::-1]
+            order = body if strategy == "gradual_first_to_last" else body[::-1]
             n_stages = len(order) + 1
             for stage, group in enumerate(order, start=1):
                 starts[group] = _stage_start(stage / n_stages, settings.epochs, n_stages=n_stages)

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tuneformer.data import splits
-from tuneformer.finetune import checkpoints, hardware, strategies
+from tuneformer.finetune import checkpoints, hardware, losses, sampling, strategies
 from tuneformer.finetune.collator import CellCollator
 from tuneformer.study import grid, paths
 from tuneformer.study.params import Study
@@ -119,7 +119,8 @@ def finetune(settings: Study, tokens: Tokens) -> Outcome:
     if finished is not None:
         return finished
     drawn = draw_cells(settings, tokens)
-    cells = {split: read_cells(tokens, rows) for split, rows in drawn.items()}
+    learnt = training_rows(settings, tokens, drawn["train"])
+    cells = {split: read_cells(tokens, rows) for split, rows in (drawn | {"train": learnt}).items()}
     for name in ("record.json", "outcome.json", "predictions.parquet"):  # of another run, which this one replaces
         (paths.run_dir(settings) / name).unlink(missing_ok=True)
     log, status, reason = RunLog(), "ok", ""
@@ -186,6 +187,17 @@ def draw_cells(settings: Study, tokens: Tokens) -> dict[str, np.ndarray]:
     )
 
 
+def training_rows(settings: Study, tokens: Tokens, rows: np.ndarray) -> np.ndarray:
+    """Return the rows that an epoch passes over: the training cells, with ``upsampled`` those of rare classes again.
+
+    The copies are drawn from the training cells of the run alone, after every split.
+    """
+    if settings.sampling != "upsampled":
+        return rows
+    labels = np.asarray(tokens.dataset.select(rows)["label"][:])
+    return sampling.upsampled(rows, labels, np.random.default_rng([settings.seed, 6]))
+
+
 def cells_table(tokens: Tokens, drawn: dict[str, np.ndarray]) -> pd.DataFrame:
     """Count the cells of a run by class (rows, and "all") and part (columns)."""
     labels = pd.Series(tokens.dataset["label"][:])
@@ -245,9 +257,25 @@ class ClassifierTrainer(Trainer):
         self.epoch_loss, self.epoch_cells, self.epoch_start = 0.0, 0, time.perf_counter()
         self.cells_seen = 0
         self.order = torch.Generator().manual_seed(settings.seed)
+        labels = torch.tensor([cell["labels"] for cell in self.train_dataset])
+        counts = torch.bincount(labels, minlength=self.model.config.num_labels)
+        is_balanced = settings.sampling == "balanced"  # then every class is seen equally often
+        self.loss = losses.make_loss(settings, torch.ones_like(counts) if is_balanced else counts)
+        self.labels = labels
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean loss of a batch, of the kind that the run asks for."""
+        labels = inputs["labels"]
+        output = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = self.loss(output.logits, labels)
+        return (loss, output) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         # a generator of its own: the order of the cells must not depend on the random numbers that a strategy uses up
+        if self.settings.sampling == "balanced":
+            return sampling.BalancedSampler(self.labels.numpy(), seed=self.settings.seed)
         lengths = [len(cell["input_ids"]) for cell in self.train_dataset]
         return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=self.order)
 
@@ -328,7 +356,7 @@ class ClassifierTrainer(Trainer):
         if not np.isfinite(logits).all():
             msg = "the model predicts values that are not finite; set a smaller learning_rate, or precision: fp32."
             raise TrainingFailed(msg)
-        return torch.softmax(torch.from_numpy(logits), dim=1).numpy()
+        return losses.probabilities(torch.from_numpy(logits), self.settings.loss).numpy()
 
 
 def make_trainer(

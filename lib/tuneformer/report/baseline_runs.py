@@ -17,8 +17,8 @@ from tuneformer.study.run import finished_record, progress_line
 from tuneformer.trainsets import assemble
 
 
-def make(study: str, *, task: str, train_set: str, seeds: list[int]) -> None:
-    """Fit and record the baselines of one train set; those that are finished already are left as they are.
+def make(study: str, *, task: str, train_set: str, seeds: list[int], fold: int | None = None) -> None:
+    """Fit and record the baselines of one train set (and fold); those that are finished already are left as they are.
 
     Raises
     ------
@@ -26,10 +26,10 @@ def make(study: str, *, task: str, train_set: str, seeds: list[int]) -> None:
         The study, the cells or the train set cannot be used; the message says why and what to do.
     """
     for seed in seeds:
-        settings = load_study(study, task=task, train_set=train_set, seed=seed)
+        settings = load_study(study, task=task, train_set=train_set, seed=seed, fold=fold)
         cells = None
         for name in settings.baselines:
-            run = settings.model_copy(update={"strategy": name})
+            run = settings.treated(name)
             record = finished_record(run)
             took = "loaded"
             if record is None:
@@ -51,9 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", required=True)
     parser.add_argument("--train-set", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--fold", type=int)
     given = parser.parse_args(arguments)
     try:
-        make(given.study, task=given.task, train_set=given.train_set, seeds=given.seeds)
+        make(given.study, task=given.task, train_set=given.train_set, seeds=given.seeds, fold=given.fold)
     except ValueError as error:
         print(f"baselines of {given.study} {given.task} {given.train_set}: {error}", file=sys.stderr)
         return 2

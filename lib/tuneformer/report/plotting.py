@@ -6,7 +6,7 @@ files ``figures/<study>/<name>`` .png, .pdf and the .csv they were drawn from, w
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from tuneformer.evaluate import statistics
 from tuneformer.evaluate.metrics import confusion_table
 from tuneformer.study import paths
-from tuneformer.study.params import Baseline, Study
+from tuneformer.study.params import Study
+from tuneformer.study.treatments import BASELINES
 
 # Okabe & Ito 2008, distinct under every common form of colour blindness; yellow, too pale for lines, stands last.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#F0E442")
@@ -274,7 +275,7 @@ def strategy_scores(metrics: pd.DataFrame, *, simulated: bool) -> Drawing:
             ax.set(xlabel=statistics.SCORES[metric], title=task if metric == "accuracy" else "")
     figure.suptitle(titled("Test score per fine-tuning strategy", simulated=simulated), x=0.01, ha="left")
     key = f"Small points: seeds. Diamond and line: mean and 95 % interval. Dotted: mean of {statistics.CONTROL}."
-    key += " Orange: baselines." if set(metrics["strategy"]) & set(get_args(Baseline)) else ""
+    key += " Orange: baselines." if set(metrics["strategy"]) & set(BASELINES) else ""
     figure.supxlabel(key, x=0.01, ha="left", fontsize=10)
     return Drawing(figure, data)
 
@@ -321,7 +322,7 @@ def cost_and_score(metrics: pd.DataFrame, *, simulated: bool) -> Drawing:
     """
     labelled = statistics.with_arms(metrics)
     wide = labelled[labelled["metric"].isin(["macro_f1", *COST_NAMES])]
-    keys = ["task", "arm", "seed"]
+    keys = ["task", "arm", "seed", *(["fold"] if statistics.overlap(wide) else [])]
     data = wide.pivot_table(index=keys, columns="metric", values="value", sort=False).reset_index()
     data = data.rename_axis(columns=None)
     costs = [cost for cost in COST_NAMES if cost in data.columns]
@@ -395,16 +396,18 @@ def _label_log_counts(ax: Axes) -> None:
 def _with_intervals(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return one row per run with the mean and the interval of its arm beside it."""
     labelled = statistics.with_arms(metrics)
-    rows = labelled.loc[labelled["metric"] == metric, ["task", "arm", "metric", "seed", "value"]]
+    columns = ["task", "arm", "metric", "seed", "fold", "value", "n_train", "n_test"]
+    rows = labelled.loc[labelled["metric"] == metric, labelled.columns.intersection(columns, sort=False)]
     if rows.empty:
         msg = f"metrics.csv holds no rows with metric {metric}; no run of this study has finished with a score."
         raise ValueError(msg)
     summary = [
-        {"task": task, "arm": arm, **statistics.interval(values)._asdict()}
-        for (task, arm), values in rows.groupby(["task", "arm"], sort=False)["value"]
+        {"task": task, "arm": arm, **statistics.over_runs(runs)._asdict()}
+        for (task, arm), runs in rows.groupby(["task", "arm"], sort=False)
     ]
     table = pd.DataFrame(summary)[["task", "arm", "mean", "low", "high"]]
-    return rows.merge(table, on=["task", "arm"], how="left")
+    kept = rows[["task", "arm", "metric", "seed", "value"]] if statistics.overlap(rows) == 0 else rows
+    return kept.merge(table, on=["task", "arm"], how="left")
 
 
 def _points_and_intervals(ax: Axes, part: pd.DataFrame, arms: list[str]) -> None:
@@ -412,7 +415,7 @@ def _points_and_intervals(ax: Axes, part: pd.DataFrame, arms: list[str]) -> None
     for arm, rows in part.groupby("arm", sort=False):
         place = arms.index(arm)
         control = statistics.CONTROL in arm
-        baseline = arm.split(", ")[-1] in get_args(Baseline)
+        baseline = arm.split(", ")[-1] in BASELINES
         color = CONTROL if control else PALETTE[1] if baseline else PALETTE[0]
         first = rows.iloc[0]
         offsets = np.linspace(-0.16, 0.16, len(rows)) if len(rows) > 1 else [0.0]

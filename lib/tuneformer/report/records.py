@@ -81,7 +81,7 @@ def write_record(settings: Study, outcome: "Outcome", scores: pd.DataFrame) -> P
         "train_set": settings.train_set,
         "strategy": settings.strategy,
         "seed": settings.seed,
-        "fold": None,
+        "fold": settings.fold,
         "inputs": inputs_of(settings),
         "status": outcome.status,
         "reason": outcome.reason,
@@ -108,7 +108,18 @@ def inputs_of(settings: Study) -> dict[str, str]:
 
 
 def read_records(study: str) -> list[dict[str, Any]]:
-    """Read the records of the runs of a study's grid, in the order of the grid.
+    """Read the records of the runs of a study's grid, in the order of the grid; see `read_runs`.
+
+    Raises
+    ------
+    ParameterError
+        The study cannot be used.
+    """
+    return [record for _, record in read_runs(study)]
+
+
+def read_runs(study: str) -> list[tuple[Study, dict[str, Any]]]:
+    """Read the runs of a study's grid that have a record, in the order of the grid, each with its record.
 
     A run that has finished here is taken from ``runs/``; of the others, the record kept in ``results/<study>/records``
     by an earlier batch, if every parameter that it states and its inputs are still those of the study.
@@ -126,13 +137,14 @@ def read_records(study: str) -> list[dict[str, Any]]:
             record = json.loads(kept.read_text(encoding="utf-8"))
             record = record if still_holds(record, settings) else None
         if record is not None:
-            found.append(record)
+            found.append((settings, record))
     return found
 
 
 def record_name(settings: Study) -> str:
     """Return the file name of a run's record in ``results/<study>/records``."""
-    return "__".join([settings.task, settings.train_set, settings.strategy, f"seed{settings.seed}.json"])
+    part = paths.part_name(settings).replace("/", "__")
+    return "__".join([part, settings.train_set, settings.strategy, f"seed{settings.seed}.json"])
 
 
 def still_holds(record: Mapping[str, Any], settings: Study) -> bool:
@@ -171,22 +183,21 @@ def collect(study: str) -> pd.DataFrame:
     ParameterError
         The study cannot be used.
     """
-    records = read_records(study)
-    if not records:
+    runs = read_runs(study)
+    if not runs:
         msg = (
             f"Study {study} has no finished run in {paths.shown(paths.RUNS / study)}; run `make report STUDY={study}`."
         )
         raise RecordError(msg)
-    text = pd.concat([rows_of(record) for record in records]).to_csv(index=False, lineterminator="\n")
+    text = pd.concat([rows_of(record) for _, record in runs]).to_csv(index=False, lineterminator="\n")
     folder = paths.results_dir(study)
-    predictions = _collect_predictions(study, {record["fingerprint"] for record in records})
+    predictions = _collect_predictions(study, {record["fingerprint"] for _, record in runs})
     with paths.atomic_path(folder / "predictions.parquet") as partial:
         predictions.to_parquet(partial, index=False, compression="zstd")
     with paths.atomic_path(folder / "records") as partial:
         partial.mkdir()
-        for record in records:
-            name = record_name(Study.model_construct(**{key: record[key] for key in grid.AXES.values()}))
-            (partial / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for settings, record in runs:
+            (partial / record_name(settings)).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     paths.write_text(folder / "metrics.csv", text)
     return read_metrics(study)
 
@@ -224,7 +235,8 @@ def read_predictions(study: str) -> pd.DataFrame:
     Returns
     -------
     task, train_set, strategy, seed, fingerprint, cell, label, predicted, and, where a task holds out whole groups,
-    group: one row a run and test cell.
+    group: one row a run and test cell. In a cross-validation each cell is tested in one fold, so that task, train set,
+    strategy and seed name it once.
 
     Raises
     ------
@@ -252,9 +264,10 @@ def _collect_predictions(study: str, fingerprints: set[str]) -> pd.DataFrame:
         predicted = names[classes.to_numpy().argmax(axis=1)]
         part = scores[["cell", "label"]].assign(predicted=predicted, fingerprint=record["fingerprint"], **sides)
         if settings.group_by is not None:
-            if settings.task not in groups:
-                groups[settings.task] = preprocessing.prepare_cells(settings).obs[settings.group_by].astype(str)
-            part["group"] = groups[settings.task].loc[part["cell"]].to_numpy()
+            name = paths.part_name(settings)
+            if name not in groups:
+                groups[name] = preprocessing.prepare_cells(settings).obs[settings.group_by].astype(str)
+            part["group"] = groups[name].loc[part["cell"]].to_numpy()
         parts.append(part)
     kept = paths.results_dir(study) / "predictions.parquet"
     made = {fingerprint for part in parts for fingerprint in part["fingerprint"].unique()}

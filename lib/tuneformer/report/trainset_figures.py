@@ -5,7 +5,7 @@ tables as text. The numbers are those of `tuneformer.evaluate.trainset_effects`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -17,8 +17,8 @@ from tuneformer.evaluate import learning_curves, statistics, trainset_effects
 from tuneformer.evaluate.trainset_effects import BASELINE, PARTS, SCORES, WHOLE
 from tuneformer.report import plotting
 from tuneformer.report.plotting import CONTROL, MARKERS, PALETTE, Drawing
-from tuneformer.study.params import Baseline
 from tuneformer.study.train_sets import GENERATORS, parse
+from tuneformer.study.treatments import BASELINES
 
 PANEL_COLUMNS = 3
 GROUPS = ("Three ways to aggregate", "Single cells, but fewer", "Pseudo-bulk, one thing changed")
@@ -248,7 +248,7 @@ def learning_curve(metrics: pd.DataFrame, *, title: str, simulated: bool) -> Dra
     for ax, (metric, name) in zip(axes, SCORES.items(), strict=True):
         for place, strategy in enumerate(names):
             rows = data[(data["metric"] == metric) & (data["strategy"] == strategy)]
-            style = "--" if strategy in get_args(Baseline) else "-"
+            style = "--" if strategy in BASELINES else "-"
             color = colors.get(strategy, CONTROL)
             look = {"color": color, "marker": MARKERS[place % len(MARKERS)], "linestyle": style, "markersize": 5}
             ax.plot(rows["cells"], rows["mean"], label=strategy, **look)

@@ -1,4 +1,4 @@
-"""From a study to its runs: every task x train set x strategy or baseline x seed.
+"""From a study to its runs: every task x train set x strategy or baseline x seed x fold.
 
 In: the name of a study, or of a batch of several. Out: the resolved settings of each run; as a command, one line a
 study that counts them.
@@ -47,8 +47,9 @@ def runs(study: str) -> list[Study]:
             msg = f"params/{study}.yaml: {key} names {repeated[0]!r} more than once; keep one."
             raise ParameterError(msg)
     return [
-        settings.model_copy(update={"train_set": train_set, "strategy": strategy, "seed": seed})
+        settings.treated(strategy).model_copy(update={"train_set": train_set, "seed": seed, "fold": fold})
         for settings in (load_study(study, task=task) for task in first.tasks)
+        for fold in (range(first.folds) if first.folds else [None])
         for train_set in first.train_sets
         for strategy in (*first.strategies, *first.baselines)
         for seed in first.seeds
@@ -102,7 +103,8 @@ def quick_runs(study: str) -> list[Study]:
 
 def describe(run: Study) -> str:
     """Return the name of a run as progress lines show it."""
-    return f"{run.task} {run.train_set} {run.strategy} seed {run.seed}"
+    fold = "" if run.fold is None else f" fold {run.fold}"
+    return f"{run.task}{fold} {run.train_set} {run.strategy} seed {run.seed}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,6 +130,8 @@ def _size(listed: list[Study], asked: int) -> str:
     baselines = sides.pop("baselines", None)
     if baselines:
         sides["strategies"] = f"({sides['strategies']} + {baselines})"
+    if first.folds:
+        sides["folds"] = f"{first.folds} folds"
     whole = f"Study {first.study}: {' x '.join(sides.values())} = {len(listed)} run{'s' if len(listed) > 1 else ''}"
     return whole if asked == len(listed) else f"{whole}, {asked} of them in this batch"
 

@@ -5,34 +5,23 @@ order. Out: a `Study`; or an error that names file, key and the nearest valid ke
 """
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tuneformer.study import paths, train_sets
+from tuneformer.study import paths, train_sets, treatments
+from tuneformer.study.treatments import Baseline, Loss, Sampling
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
-
-Strategy = Literal[
-    "full",
-    "linear_probe",
-    "selective",
-    "lp_ft",
-    "gradual_last_to_first",
-    "gradual_first_to_last",
-    "layerwise_lr_decay",
-    "lora",
-    "random_init",
-]
-Baseline = Literal["majority", "logistic_counts", "logistic_ranks", "knn_pca", "frozen_embedding_ridge"]
 
 
 class ParameterError(ValueError):
@@ -49,7 +38,7 @@ class TaskParams(Section):
     """What is predicted, and on which cells it is tested. A task's file may set only these for another study."""
 
     label: str
-    """obs column that holds the class of a cell."""
+    """obs column that holds the class of a cell; $VARIABLES are expanded."""
     classes: list[str]
     """Classes to keep, in the order of tables and figures; [] keeps all, sorted by name."""
     select_column: str | None
@@ -65,20 +54,39 @@ class TaskParams(Section):
     group_by: str | None
     """obs column whose groups (wells, donors) stay whole in one part of the split; null splits cells at random."""
 
+    @field_validator("label")
+    @classmethod
+    def _expanded(cls, label: str) -> str:
+        return os.path.expandvars(label)  # params/own_data.yaml says $LABEL; a variable that is not set stays
+
 
 class CellsParams(TaskParams):
     """From raw counts to quality-controlled cells with a fixed split (01_qc)."""
 
-    dataset: Literal["demo", "pbmc68k", "own", "sciplex2"]
-    """Source of the cells: demo (simulated), pbmc68k (carried by scanpy), own (an h5ad of yours), sciplex2."""
+    dataset: Literal["demo", "demo_pancreas", "pbmc68k", "own", "sciplex2", "sciplex3", "pancreas", "cardiomyopathy"]
+    """Source of the cells: demo and demo_pancreas (simulated), pbmc68k (carried by scanpy), own (a file of yours), or
+    one that is downloaded (`tuneformer.data.catalog`)."""
     path: str | None
     """The h5ad file when dataset is own; relative to the repository; $VARIABLES are expanded."""
     counts: str
-    """Where the raw counts are: X, raw, or the name of a layer."""
+    """Where the raw counts are: X, raw, the name of a layer, or auto, which takes the first that holds counts."""
+    fractional_counts: bool
+    """Whether counts may be fractions, as full-length protocols give them; rank encoding needs no whole numbers."""
+    min_hash_umis: Annotated[int, Field(ge=0)] | None
+    """sciplex2, sciplex3: smallest number of hash UMIs of a kept cell; null for no limit."""
+    min_hash_ratio: float | None
+    """sciplex2, sciplex3: smallest ratio of the most frequent hash to the second of a kept cell; null for no limit."""
+    max_hash_qval: Share | None
+    """sciplex2, sciplex3: largest q value of the test of a cell's hashes against background; null for no limit."""
     ensembl_id: str | None
-    """var column with the gene identifiers; null takes var["ensembl_id"] or else the var index."""
+    """var column with the gene identifiers; null takes the column, or the index, that holds Ensembl identifiers."""
     symbol: str | None
-    """var column with gene symbols, for mitochondrial genes; null takes var["symbol"] or else the var index."""
+    """var column with gene symbols, for mitochondrial genes; null takes var["symbol"], or one of a usual name, or the
+    index."""
+    obs_table: str | None
+    """csv or tsv whose first column names the cells: more obs columns for own data, such as labels of a 10x file."""
+    min_class_cells: Annotated[int, Field(ge=0)]
+    """With classes: [], smallest number of cells of a class that is kept; smaller ones are left out."""
     demo_cells: Positive
     """Number of simulated cells in the demo data set, before quality control."""
     demo_seed: int
@@ -106,6 +114,10 @@ class TrainSetParams(CellsParams):
     """Synthetic cells of each class and dose; null makes as many as there are single cells."""
     covariance_rank: Positive
     """Factors that carry the correlations between genes in synthetic cells."""
+    bulk_counts: str | None
+    """Bulk counts, a csv or tsv of genes x samples, for train sets of the forms with bulk; demo is a simulated one."""
+    bulk_samples: str | None
+    """Sample sheet of the bulk counts, a csv or tsv with the columns sample, class and, where there are doses, dose."""
     padded_classes: list[str]
     """Classes to which mixtures named ``_pad<n>`` add n cells each."""
 
@@ -140,9 +152,18 @@ class TrainingParams(TokensParams):
     """lora: rank of the low-rank update of query and value matrices."""
     lora_alpha: Positive
     """lora: scale of the update (alpha / rank multiplies it)."""
+    loss: Loss
+    """Training loss: cross_entropy, weighted (by class), balanced_softmax, focal, dice, or bce (one class against the
+    rest); see `tuneformer.finetune.losses`."""
+    sampling: Sampling
+    """Training cells of an epoch: all once, upsampled (rare classes repeated), or balanced (drawn by class)."""
+    focal_gamma: Annotated[float, Field(ge=0)]
+    """focal: how much less well-classified cells count; 0 is cross-entropy."""
+    focal_alpha: Literal["equal", "balanced"]
+    """focal: weight of the classes; balanced weights by the inverse of their number of training cells."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW."""
-    learning_rates: dict[Strategy, Annotated[float, Field(gt=0)]]
+    learning_rates: dict[Name, Annotated[float, Field(gt=0)]]
     """Peak learning rate of single strategies, as tuning found them; the others take learning_rate."""
     weight_decay: Annotated[float, Field(ge=0)]
     """Weight decay of AdamW."""
@@ -203,7 +224,31 @@ class PretrainingParams(Section):
     """Width of the feed-forward part of a layer."""
 
 
-class Study(TrainingParams, PretrainingParams):
+class GenesParams(Section):
+    """Classification of genes in the context of cells (07_gene_dosage)."""
+
+    gene_classes: str
+    """Classes of genes: demo (simulated), or a csv or official pickle; relative to the repository."""
+    gene_folds: Annotated[int, Field(ge=2)]
+    """Folds of the cross-validation over genes."""
+    gene_cells: Positive
+    """Cells in whose context the genes are read."""
+    gene_null: bool
+    """demo: whether the classes are drawn without any tie to the network, so that nothing can be found."""
+
+
+class CompressionParams(Section):
+    """Compression of a fine-tuned model (08_compress)."""
+
+    pruned_shares: list[Share]
+    """Shares of weights, heads or neurons that are pruned away."""
+    benchmark_cells: Positive
+    """Cells predicted in one measurement of speed."""
+    benchmark_batch: Positive
+    """Cells of a batch in measurements of speed and memory."""
+
+
+class Study(TrainingParams, PretrainingParams, GenesParams, CompressionParams):
     """A study, resolved for one task: every key of ``params/_base.yaml``, and the name of the file it came from."""
 
     study: Name
@@ -214,25 +259,29 @@ class Study(TrainingParams, PretrainingParams):
     """Tasks of the grid: names of params files whose task keys are used; [] means the study's own keys."""
     train_sets: list[Name]
     """Train sets of the grid."""
-    strategies: list[Strategy]
-    """Strategies of the grid."""
+    strategies: list[Name]
+    """Strategies of the grid, with what differs from the study in the name (`tuneformer.study.treatments`)."""
     baselines: list[Baseline]
     """Simple classifiers on the same cells and seeds, which a strategy has to beat."""
     seeds: list[int]
     """Seeds of the grid: head initialisation, cell order, dropout and the draw of train_cells."""
+    folds: Annotated[int, Field(ge=0)]
+    """Folds of a cross-validation, each a run of its own; 0 keeps the one test set of test_share."""
     quick_train_sets: list[Name]
     """Train sets whose runs with the first task and seed belong to the default batch; [] leaves the study out of it."""
     task: Name
     """The task of this run."""
     train_set: Name
     """The train set of this run."""
-    strategy: Strategy | Baseline
+    strategy: Name
     """The strategy, or the baseline, of this run."""
     seed: int
     """The seed of this run."""
-    expected_macro_f1: dict[Strategy, float]
+    fold: Annotated[int, Field(ge=0)] | None
+    """The fold of this run, from 0; null without folds."""
+    expected_macro_f1: dict[Name, float]
     """Reference of the test macro-F1 of one run of a strategy, which 05 checks; one without a reference is free."""
-    expected_mean_macro_f1: dict[Strategy, float]
+    expected_mean_macro_f1: dict[Name, float]
     """Reference of the mean test macro-F1 of a strategy over all runs of the study, which 06 checks."""
     expected_tolerance: Annotated[float, Field(ge=0)]
     """Largest accepted distance to a reference: twice the seed-to-seed spread when it was recorded."""
@@ -248,6 +297,24 @@ class Study(TrainingParams, PretrainingParams):
             except ValueError as error:
                 msg = f"train_sets: {error}"
                 raise ValueError(msg) from error
+        named = {key: getattr(self, key) for key in ("strategies", "learning_rates", *REFERENCES)}
+        for key, names in {**named, "strategy": [self.strategy]}.items():
+            for name in names:
+                try:
+                    said = treatments.parse(name)
+                except ValueError as error:
+                    msg = f"{key}: {error}"
+                    raise ValueError(msg) from error
+                if said.strategy in treatments.BASELINES and key != "strategy":
+                    msg = f"{key}: {name} is a baseline; name it in baselines"
+                    raise ValueError(msg)
+        if self.folds == 1:
+            msg = "folds: one fold leaves nothing to train on; set 2 or more, or 0 for the test set of test_share"
+            raise ValueError(msg)
+        if (self.fold is None) != (self.folds == 0) or (self.fold is not None and self.fold >= self.folds):
+            allowed = f"from 0 to {self.folds - 1}" if self.folds else "null, as folds is 0"
+            msg = f"fold: it has to be {allowed}"
+            raise ValueError(msg)
         if self.select_column is None and self.select_values:
             msg = "select_values: needs select_column, the obs column in which the values stand"
             raise ValueError(msg)
@@ -256,20 +323,31 @@ class Study(TrainingParams, PretrainingParams):
     @property
     def simulated(self) -> bool:
         """Whether the cells are simulated, which every document that shows their numbers has to say."""
-        return self.dataset == "demo"
+        return self.dataset in ("demo", "demo_pancreas")
+
+    @property
+    def base_strategy(self) -> str:
+        """Strategy, or baseline, of this run without the rest of its name."""
+        return treatments.parse(self.strategy).strategy
 
     @property
     def peak_learning_rate(self) -> float:
         """Peak learning rate of this run's strategy."""
-        return self.learning_rates.get(self.strategy, self.learning_rate)
+        of_base = self.learning_rates.get(self.base_strategy, self.learning_rate)
+        return self.learning_rates.get(self.strategy, of_base)
+
+    def treated(self, strategy: str) -> "Study":
+        """Return the settings of another strategy or baseline; what its name says replaces what the study says."""
+        return self.model_copy(update={"strategy": strategy, **treatments.parse(strategy).keys})
 
     def section(self, part: type[Section]) -> dict[str, Any]:
         """Return the keys of one section (such as `CellsParams`) with their values."""
         return self.model_dump(include=set(part.model_fields))
 
 
+REFERENCES = ("expected_macro_f1", "expected_mean_macro_f1")
 TASK_KEYS = tuple(TaskParams.model_fields)
-UNDER_REFERENCE = {"task", "train_set", "strategy", "seed", "threads", "device"}
+UNDER_REFERENCE = {"task", "train_set", "strategy", "seed", "fold", "threads", "device"}
 """What a run may change and still be checked against the reference of its study."""
 
 
@@ -370,14 +448,15 @@ def load_study(name: str, **changes: Any) -> Study:
         _refuse_unknown(whole, f"params/{task}.yaml")
         from_task = {key: value for key, value in whole.items() if key in TASK_KEYS}
     if set(changes) - UNDER_REFERENCE:  # a reference holds for a study as its files state it
-        changes = {"expected_macro_f1": {}, "expected_mean_macro_f1": {}, **changes}
+        changes = {**{key: {} for key in REFERENCES}, **changes}
     layers = {
         "params/_base.yaml": base,
         f"params/{task}.yaml": from_task,
         f"params/{name}.yaml": own,
         f"the changes of a run of {name}": changes,
     }
-    return _validated({"study": name, "task": task}, layers)
+    values = _validated({"study": name, "task": task}, layers)
+    return values.treated(values.strategy)
 
 
 def from_notebook(namespace: Mapping[str, Any]) -> Study:
@@ -427,6 +506,8 @@ def _validated(values: dict[str, Any], layers: Mapping[str, Mapping[str, Any]]) 
             values[key] = _number(key, value)
             origin[key] = where
     values["tasks"] = values["tasks"] or [values["study"]]
+    if values["folds"] and values["fold"] is None:
+        values["fold"] = 0
     try:
         return Study.model_validate(values)
     except ValidationError as error:

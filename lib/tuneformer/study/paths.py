@@ -39,8 +39,13 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 def task_dir(settings: "Study") -> Path:
-    """Return the working folder of one task: ``runs/<study>/<task>`` (cells, tokens, runs)."""
-    return RUNS / settings.study / settings.task
+    """Return the working folder of one task, or of one fold of it: ``runs/<study>/<task>[/fold<f>]``."""
+    return RUNS / settings.study / part_name(settings)
+
+
+def part_name(settings: "Study") -> str:
+    """Return the name of what has a split of its own: the task, or ``<task>/fold<f>`` in a cross-validation."""
+    return settings.task if settings.fold is None else f"{settings.task}/fold{settings.fold}"
 
 
 def cells_path(settings: "Study") -> Path:

@@ -116,6 +116,8 @@ def executed_path(notebook: str, settings: Study) -> Path:
         "04": paths.task_dir(settings),
         "05": paths.run_dir(settings),
         "06": paths.RUNS / settings.study,
+        "07": paths.task_dir(settings),
+        "08": paths.task_dir(settings),
     }
     return folders[notebook[:2]] / f"{notebook}.ipynb"
 
@@ -227,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train-set")
     parser.add_argument("--strategy")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--fold", type=int)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="any other key")
     given = vars(parser.parse_args(arguments))
     notebook = given.pop("notebook")
