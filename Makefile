@@ -1,5 +1,7 @@
 # make report                the demo study, a small part of the others, the page   make lab   the notebooks in JupyterLab
 # make report STUDY=<name>   all runs of one study (a file in params/); STUDY=all: all runs of all demo studies
+# make report STUDY=own_data DATA=cells.h5ad LABEL=celltype    your own cells
+# make plan STUDY=<name>     runs, downloads, disk and time of a study, before anything starts
 # make test                  all tests, notebooks included                     make check   format, lint, hygiene
 # make bench                 what the stages cost on this machine
 STUDY ?= default
@@ -9,14 +11,19 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 ENV := .venv/complete
 export OMP_NUM_THREADS = 1
+export DATA LABEL
 
-.PHONY: report test check lint lab bench
+.PHONY: report plan test check lint lab bench
 .DELETE_ON_ERROR:
 
 report: $(ENV)
 	@$(BIN)/python -m tuneformer.study.grid $(STUDY)
+	@$(BIN)/python -m tuneformer.data.download $(STUDY)
 	@$(BIN)/snakemake --cores $(JOBS) --config study=$(STUDY)
 	@echo "$(CURDIR)/site/index.html"
+
+plan: $(ENV)
+	@$(BIN)/python -m tuneformer.report.plan $(STUDY)
 
 test: lint
 	@$(BIN)/pytest tests notebooks -n $(JOBS) --dist loadfile \

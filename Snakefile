@@ -7,15 +7,17 @@ import sys
 
 from tuneformer.study import grid, paths, train_sets
 from tuneformer.study.params import NAME_PATTERN, CellsParams, TokensParams, TrainingParams, TrainSetParams, load_study
-from tuneformer.study.run import checkpoint_hash, executed_path, fingerprint
+from tuneformer.study.run import WHOLE_STUDY, checkpoint_hash, executed_path, fingerprint
 
 BATCH = config.get("study", grid.DEFAULT)
-RUNS = grid.batch(BATCH)
+ASKED = grid.batch(BATCH)
+RUNS = [run for run in ASKED if run.kind == "cells"]
+WHOLE = {run.study: run for run in ASKED if run.kind != "cells"}  # studies that are one notebook, with its settings
 STUDIES = list(dict.fromkeys(run.study for run in RUNS))
-PARTS = {(run.study, paths.part_name(run)): run for run in RUNS}  # tasks, or folds of tasks: what has its own split
+PARTS = {(run.study, paths.part_name(run)): run for run in ASKED}  # tasks, or folds of tasks: what has its own split
 SIDES = {"study": "{study}", "task": "{part}", "fold": None}
 SIDES |= {key: f"{{{key}}}" for key in ("train_set", "strategy", "seed")}
-PATTERN = RUNS[0].model_copy(update=SIDES)
+PATTERN = ASKED[0].model_copy(update=SIDES)
 SINGLE_CELLS = PATTERN.model_copy(update={"train_set": "single_cell"})
 TOKENS = paths.tokens_path(SINGLE_CELLS) / "tokens.json"
 MADE = {"pseudobulk": "pseudobulk.csv", "synthetic": "realism.csv"}  # kinds of train sets that a notebook shows
@@ -37,7 +39,8 @@ wildcard_constraints:
     study=NAME,
     part=rf"{NAME}(/fold\d+)?",
     train_set=NAME,
-    strategy="|".join(map(re.escape, {strategy for run in RUNS for strategy in run.strategies})),
+    strategy="|".join(map(re.escape, {strategy for run in ASKED for strategy in run.strategies})),
+    notebook="|".join(WHOLE_STUDY.values()),
     seed=r"-?\d+",
 
 
@@ -96,8 +99,15 @@ def shown():
     ]
 
 
+def whole(study):
+    """Return what proves that the one notebook of a study has run."""
+    settings = WHOLE[study]
+    return paths.task_dir(settings) / f"{WHOLE_STUDY[settings.kind]}.done"
+
+
 rule all:
     input:
+        map(whole, WHOLE),
         records(),  # asked for by name: metrics.csv is committed, so it is there before any run
         shown(),
         expand(paths.results_dir("{study}") / "metrics.csv", study=STUDIES),
@@ -110,10 +120,11 @@ rule page:
         expand(paths.results_dir("{study}") / "metrics.csv", study=STUDIES),
         expand(FIGURES, study=STUDIES),
         shown(),
+        map(whole, WHOLE),
     output:
         paths.SITE / "index.html",
     params:
-        study=STUDIES[0],
+        study=ASKED[0].study,
     shell:
         "{PYTHON} -m tuneformer.report.readme {params.study:q} && {PYTHON} -m tuneformer.report.html {params.study:q}"
 
@@ -209,6 +220,22 @@ rule baselines:
     shell:
         "{PYTHON} -m tuneformer.report.baseline_runs {params.asked}"
         " --train-set {wildcards.train_set:q} --seeds {params.seeds}"
+
+
+rule whole_study:
+    input:
+        TOKENS,
+    output:
+        touch(paths.task_dir(PATTERN) / "{notebook}.done"),
+    params:
+        asked=asked,
+        fingerprint=lambda wildcards: fingerprint(part_of(wildcards).model_dump()),
+        checkpoint=checkpoint,
+    log:
+        paths.task_dir(PATTERN) / "{notebook}.ipynb",
+    threads: workflow.cores
+    shell:
+        "{RUN} {wildcards.notebook} {params.asked}"
 
 
 rule leakage:

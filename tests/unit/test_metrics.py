@@ -171,8 +171,8 @@ def test_probabilities_in_single_precision_are_scored_alike():
 def test_what_a_test_set_cannot_say_is_nan():
     """Warnings are errors here, and scikit-learn warns of each of these."""
     absent = scored(["a", "b"], np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]), ["a", "b", "rare"], doses=[1, 2, 3])
-    missing = ["macro_auroc", "macro_average_precision", "precision:rare", "recall:rare"]
-    assert list(absent.index[absent.isna()]) == missing
+    assert list(absent.index[absent.isna()]) == ["precision:rare", "recall:rare"]
+    assert (absent["macro_auroc"], absent["macro_average_precision"]) == (1, 1)
     assert (absent["balanced_accuracy"], absent["weighted_f1"], absent["quadratic_weighted_kappa"]) == (1, 1, 1)
     one = scored(["a", "a"], np.array([[0.8, 0.2], [0.6, 0.4]]), ["a", "b"], doses=[1, 2])
     undefined = ["macro_auroc", "macro_average_precision", "quadratic_weighted_kappa", "precision:b", "recall:b"]
@@ -267,7 +267,18 @@ def test_macro_f1_counts_every_class_the_same():
 def test_a_class_without_test_cells_has_no_recall_and_no_say():
     found = scored(probabilities=np.c_[PROBABILITIES, np.zeros(4)], classes=["b", "a", "rare"])
     assert np.isnan(found["recall:rare"])
-    assert found["macro_f1"] == pytest.approx(scored()["macro_f1"])
+    macro = ["macro_f1", "balanced_accuracy", "macro_auroc", "macro_average_precision"]
+    assert found[macro].to_dict() == pytest.approx(scored()[macro].to_dict())
+
+
+def test_a_cell_taken_for_a_class_without_test_cells_counts_for_its_own_class_only():
+    probabilities = np.c_[PROBABILITIES, np.zeros(4)]
+    probabilities[1] = [0.3, 0.1, 0.6]
+    found = scored(probabilities=probabilities, classes=["b", "a", "rare"])
+    # F1 of b: precision 1, recall 1/3; of a: precision 1/2, recall 1
+    assert found["macro_f1"] == pytest.approx((0.5 + 2 / 3) / 2)
+    assert found["precision:rare"] == 0
+    assert found["confusion:b:rare"] == 1
 
 
 def test_the_order_of_the_classes_does_not_change_the_scores():

@@ -1,12 +1,13 @@
 """The split: every cell once, classes in proportion, groups whole, the same on every machine and in any order."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from tuneformer.data.readers import CellsError
-from tuneformer.data.splits import PARTS, assign_split, split_hash, split_table
+from tuneformer.data.splits import PARTS, assign_fold_split, assign_split, split_hash, split_table
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -158,3 +159,164 @@ def test_the_table_adds_up():
     table = split_table(labels, assign_split(labels, test_share=0.1, validation_share=1 / 9, seed=0))
     assert table.loc["a"].tolist() == [8, 1, 1, 10]
     assert table.loc["all"].tolist() == [24, 3, 3, 30]
+
+
+def all_folds(labels, folds, **options):
+    """Parts of every cell, one column a fold."""
+    options = {"validation_share": 1 / 9, "seed": 0} | options
+    return pd.DataFrame({fold: assign_fold_split(labels, folds=folds, fold=fold, **options) for fold in range(folds)})
+
+
+@reproducible
+@given(labelled_cells(), st.integers(2, 8), st.floats(0.05, 0.3), seeds, st.randoms(use_true_random=False))
+def test_over_the_folds_every_cell_is_tested_once_and_classes_keep_their_shares(labels, folds, share, seed, random):
+    sizes = labels.value_counts()
+    rest = sizes - np.ceil(sizes / folds)
+    try:
+        parts = all_folds(labels, folds, validation_share=share, seed=seed)
+    except CellsError:
+        assert (sizes < folds).any() or (rest < 2).any()
+        event("refused")
+        return
+    assert list(parts.index) == list(labels.index)
+    assert ((parts == "test").sum(axis=1) == 1).all()
+    tested = pd.DataFrame({fold: labels[parts[fold] == "test"].value_counts() for fold in parts})
+    assert not tested.isna().any(axis=None)
+    assert (tested.max(axis=1) - tested.min(axis=1)).max() <= 1
+    assert np.ptp(tested.sum()) <= 1
+    for fold in parts:
+        counts = pd.crosstab(labels, parts[fold])
+        assert counts.to_numpy().min() >= 1
+        left = counts["train"] + counts["validation"]
+        assert ((counts["validation"] - share * left).abs() <= 1).all()
+    names = list(labels.index)
+    random.shuffle(names)
+    assert all_folds(labels.loc[names], folds, validation_share=share, seed=seed).loc[labels.index].equals(parts)
+
+
+@reproducible
+@given(grouped_cells(), st.integers(2, 5), shares, seeds, st.randoms(use_true_random=False))
+def test_over_the_folds_every_group_is_tested_once_or_the_folds_are_refused(frame, folds, share, seed, random):
+    options = {"validation_share": share, "seed": seed}
+    try:
+        parts = all_folds(frame["label"], folds, groups=frame["group"], **options)
+    except CellsError:
+        event("refused")
+        return
+    is_test = (parts == "test").groupby(frame["group"]).mean()
+    assert is_test.isin([0, 1]).all(axis=None)
+    assert (is_test.sum(axis=1) == 1).all()
+    assert (is_test.sum() >= 1).all()
+    whole = (parts == "validation").groupby(frame["group"]).mean().isin([0, 1]).all(axis=None)
+    event(f"whole groups in validation: {whole}")
+    for fold in parts:
+        counts = pd.crosstab(frame["label"], parts[fold])
+        assert (counts[["train", "validation"]] > 0).all(axis=None)
+    shuffled = frame.sample(frac=1, random_state=random.randrange(2**31))
+    again = all_folds(shuffled["label"], folds, groups=shuffled["group"], **options)
+    assert again.loc[frame.index].equals(parts)
+
+
+@reproducible
+@given(st.integers(4, 24), st.integers(2, 4), st.integers(1, 4), seeds)
+def test_groups_with_all_classes_are_dealt_out_evenly(n_groups, folds, n_classes, seed):
+    rows = [(f"class{k}", f"donor{g}") for g in range(n_groups) for k in range(n_classes) for _ in range(4)]
+    frame = pd.DataFrame(rows, columns=["label", "donor"])
+    parts = all_folds(frame["label"], folds, seed=seed, groups=frame["donor"])
+    donors = pd.Series({fold: frame["donor"][parts[fold] == "test"].nunique() for fold in parts})
+    assert np.ptp(donors) <= 1
+
+
+def test_single_validation_cells_are_taken_in_all_folds_where_a_class_is_in_two_groups():
+    frame = pd.DataFrame(
+        [("a", g) for g in "ABCD" for _ in range(20)] + [("b", g) for g in "AB" for _ in range(10)],
+        columns=["label", "donor"],
+    )
+    parts = all_folds(frame["label"], 4, groups=frame["donor"], validation_share=0.2)
+    for fold in parts:
+        held = frame[parts[fold] == "validation"]
+        tested = frame.loc[parts[fold] == "test", "donor"].unique()
+        others = frame[~frame["donor"].isin(tested)]
+        assert set(held["donor"]) == set(others["donor"])
+        assert held["label"].value_counts().to_dict() == {
+            name: round(0.2 * n) for name, n in others["label"].value_counts().items()
+        }
+
+
+def test_whole_validation_groups_are_taken_where_that_is_possible():
+    frame = pd.DataFrame([(c, g) for g in "ABCDE" for c in "ab" for _ in range(10)], columns=["label", "donor"])
+    parts = all_folds(frame["label"], 5, groups=frame["donor"], validation_share=0.25)
+    for fold in parts:
+        assert frame["donor"].groupby(parts[fold], observed=True).nunique().to_dict() == {
+            "test": 1,
+            "train": 3,
+            "validation": 1,
+        }
+
+
+def test_folds_are_the_same_on_every_machine_and_validation_cells_differ_between_them():
+    labels = pd.Series(["a", "b"] * 20, index=[f"cell{number}" for number in range(40)])
+    parts = all_folds(labels, 4, seed=3, validation_share=0.2)
+    assert [split_hash(parts[fold]) for fold in parts] == [
+        "65c8e1691a94e567",
+        "42085d152881ac79",
+        "8e3557c497120681",
+        "2e29e2eca4af7dc8",
+    ]
+    assert (parts == "validation").sum(axis=1).between(0, 3).all()
+    assert (parts == "validation").any(axis=1).sum() > 15
+    grouped = all_folds(labels, 4, seed=3, groups=pd.Series(np.arange(40) // 4, index=labels.index, name="well"))
+    assert split_hash(grouped[0]) == "052cc8f5cc155110"
+
+
+def test_the_rarest_pancreas_class_has_enough_cells_for_five_folds():
+    labels = pd.Series(["alpha"] * 50 + ["t_cell"] * 7)
+    for part in all_folds(labels, 5).to_dict("series").values():
+        counts = part[labels == "t_cell"].value_counts()
+        assert counts["test"] in (1, 2)
+        assert counts["validation"] == 1
+        assert counts["train"] >= 4
+
+
+@pytest.mark.parametrize(("n", "folds"), [(4, 5), (3, 2), (1, 2)])
+def test_a_class_too_small_for_the_folds_is_refused(n, folds):
+    labels = pd.Series(["a"] * 20 + ["b"] * n)
+    with pytest.raises(CellsError, match=rf"^Class 'b' has {n} cells .* too few for {folds} folds.*change folds\.$"):
+        assign_fold_split(labels, folds=folds, fold=0, validation_share=0.1, seed=0)
+
+
+def test_a_validation_share_that_leaves_no_training_cell_is_refused():
+    labels = pd.Series(["a"] * 20 + ["b"] * 5)
+    with pytest.raises(CellsError, match=r"^Class 'b' has 4 cells outside the test cells .* share of 0\.9"):
+        assign_fold_split(labels, folds=5, fold=0, validation_share=0.9, seed=0)
+
+
+def test_folds_that_groups_cannot_make_are_refused():
+    labels = pd.Series(["a"] * 12 + ["b"] * 4)
+    donors = pd.Series([*"ABC" * 4, *"AAAA"], name="donor")
+    options = {"fold": 0, "validation_share": 0.2, "seed": 0}
+    with pytest.raises(
+        CellsError, match=r"^'donor' has 3 groups, and 4 folds need one whole group each; set folds to 3"
+    ):
+        assign_fold_split(labels, folds=4, groups=donors, **options)
+    with pytest.raises(
+        CellsError, match=r"^Class 'b' is in no group of 'donor' but those tested in fold \d of 3.*null\.$"
+    ):
+        assign_fold_split(labels, folds=3, groups=donors, **options)
+    with pytest.raises(CellsError, match="1 cells have no group in 'donor'"):
+        assign_fold_split(labels, folds=3, groups=donors.where(donors.index > 0), **options)
+    with pytest.raises(CellsError, match=r"^fold: 3 is not one of 3 folds"):
+        assign_fold_split(labels, folds=3, fold=3, validation_share=0.2, seed=0)
+
+
+def test_a_group_too_large_for_validation_stays_in_training():
+    """Only the group with half of the cells has class b besides the last two, so whole groups would take it."""
+    sizes = {"large": 60, "second": 20, "third": 20, "fourth": 20}
+    rows = [(name, "b" if number == 0 and name != "second" else "a") for name in sizes for number in range(sizes[name])]
+    frame = pd.DataFrame(rows, columns=["group", "label"], index=[f"cell{n}" for n in range(len(rows))])
+    frame.loc[frame.index[:10], "label"] = "b"
+    for fold in range(4):
+        part = assign_fold_split(
+            frame["label"], folds=4, fold=fold, validation_share=1 / 9, seed=0, groups=frame["group"]
+        )
+        assert (part == "validation").sum() <= 3 / 9 * (part != "test").sum()

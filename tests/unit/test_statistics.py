@@ -272,3 +272,17 @@ def test_without_folds_the_interval_is_the_plain_one():
     rows = folds({"full": [0.7, 0.72, 0.69]}, n_train=80, n_test=20).assign(fold=np.nan, seed=[0, 1, 2])
     assert statistics.over_runs(rows) == statistics.interval([0.7, 0.72, 0.69])
     assert statistics.by_run(rows, "strategy").index.to_list() == [0, 1, 2]
+
+
+def test_both_intervals_of_the_mean_stand_side_by_side():
+    values = [0.5, 0.6, 0.7]
+    rows = pd.DataFrame(
+        {"task": "t", "train_set": "single_cell", "strategy": "full", "seed": [0, 1, 2], "value": values}
+    )
+    rows = pd.concat([rows, rows.assign(strategy="alone").head(1)]).assign(metric="macro_f1", fold=np.nan)
+    table = statistics.intervals_by_method(rows)
+    by_t, drawn = statistics.interval(values), statistics.bootstrap_interval(values)
+    assert table.loc[("t", "full"), "t interval"] == f"{by_t.low:.3f} to {by_t.high:.3f}"
+    assert table.loc[("t", "full"), "bootstrap interval"] == f"{drawn.low:.3f} to {drawn.high:.3f}"
+    assert table.loc[("t", "full"), ["runs", "mean", "sd"]].to_list() == [3, 0.6, 0.1]
+    assert table.loc[("t", "alone"), ["runs", "t interval"]].to_list() == [1, "-"]

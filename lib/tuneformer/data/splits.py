@@ -11,6 +11,7 @@ import pandas as pd
 
 from tuneformer.data.readers import CellsError
 
+MOST_VALIDATION = 3  # times its share that whole groups may take of the cells of a fold
 PARTS = ("train", "validation", "test")
 
 
@@ -53,18 +54,72 @@ def assign_split(
         A cell name stands twice; a class or group is missing; a class is too small, or in too few groups, to be in all
         parts.
     """
-    labels = labels.astype(object)
-    if labels.index.has_duplicates:
-        first = labels.index[labels.index.duplicated()][0]
-        msg = f"The cell name {first!r} stands more than once; make obs_names unique."
-        raise CellsError(msg)
-    if labels.isna().any():
-        msg = f"{labels.isna().sum()} cells have no class and cannot be split; drop them first."
-        raise CellsError(msg)
+    labels = _checked(labels)
     if groups is None:
         part = _by_cell(labels, test_share, validation_share, seed)
     else:
         part = _by_group(labels, groups.astype(object), test_share, validation_share, seed)
+    return part.astype(pd.CategoricalDtype(list(PARTS))).rename("split")
+
+
+def assign_fold_split(
+    labels: pd.Series,
+    *,
+    folds: int,
+    fold: int,
+    validation_share: float,
+    seed: int,
+    groups: pd.Series | None = None,
+) -> pd.Series:
+    """Split cells into train, validation and test for one fold of a k-fold cross-validation.
+
+    Over the folds, every cell is a test cell once. Without groups, the cells of each class are dealt out in random
+    order, so that its test cells in two folds differ by one at most, and each class gives ``round(validation_share m)``
+    of its other m cells to validation, but one at least. Validation cells are drawn anew for each fold.
+
+    With groups, whole groups are dealt out, those with the largest share of some class first, each to the fold that has
+    least of the group's classes: a class may be missing from the test cells of a fold, not from its other cells.
+    Validation takes whole groups too, as `assign_split` does, if that is possible in all folds without taking more than
+    `MOST_VALIDATION` times its share; if not (a class is in only one group outside the test groups of some fold, or in
+    very large ones), it takes single cells of the training groups, in all folds.
+
+    Parameters
+    ----------
+    labels, validation_share, seed, groups
+        As `assign_split`.
+    folds
+        Number of folds, 2 or more.
+    fold
+        Which of them, from 0.
+
+    Returns
+    -------
+    Categorical of `PARTS`, indexed as `labels`. It depends on names, classes, groups and seed, not on the order of the
+    cells.
+
+    Raises
+    ------
+    CellsError
+        A cell name stands twice; a class or group is missing; a class is too small for so many folds; there are fewer
+        groups than folds, or a class is in the test groups of one fold only.
+    """
+    if not 0 <= fold < folds:
+        msg = f"fold: {fold} is not one of {folds} folds, which are 0 to {folds - 1}."
+        raise CellsError(msg)
+    labels = _checked(labels)
+    if groups is None:
+        is_test = _deal_cells(labels, folds, seed) == fold
+        in_validation = None
+    else:
+        groups = groups.astype(object)
+        fold_of, validation = _deal_groups(labels, groups, folds, validation_share, seed)
+        is_test = groups.map(fold_of).to_numpy() == fold
+        in_validation = None if validation is None else groups.isin(validation[fold]).to_numpy()
+    part = pd.Series(np.where(is_test, "test", "train"), index=labels.index)
+    if in_validation is None:
+        part[_draw_validation(labels[~is_test], validation_share, f"{seed}:{fold}")] = "validation"
+    else:
+        part[in_validation] = "validation"
     return part.astype(pd.CategoricalDtype(list(PARTS))).rename("split")
 
 
@@ -125,6 +180,19 @@ def split_hash(split: pd.Series) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _checked(labels: pd.Series) -> pd.Series:
+    """Return the classes as objects, or refuse cells without name or class of their own."""
+    labels = labels.astype(object)
+    if labels.index.has_duplicates:
+        first = labels.index[labels.index.duplicated()][0]
+        msg = f"The cell name {first!r} stands more than once; make obs_names unique."
+        raise CellsError(msg)
+    if labels.isna().any():
+        msg = f"{labels.isna().sum()} cells have no class and cannot be split; drop them first."
+        raise CellsError(msg)
+    return labels
+
+
 def _by_cell(labels: pd.Series, test_share: float, validation_share: float, seed: int) -> pd.Series:
     part = pd.Series("train", index=labels.index)
     for name, cells in labels.groupby(labels, sort=False):
@@ -144,10 +212,7 @@ def _by_cell(labels: pd.Series, test_share: float, validation_share: float, seed
 
 
 def _by_group(labels: pd.Series, groups: pd.Series, test_share: float, validation_share: float, seed: int) -> pd.Series:
-    if groups.isna().any():
-        msg = f"{groups.isna().sum()} cells have no group in {groups.name!r}; drop them, or set group_by: null."
-        raise CellsError(msg)
-    counts = pd.crosstab(groups.to_numpy(), labels.to_numpy())  # (groups, classes)
+    counts = _count_groups(labels, groups, seed)
     few = (counts > 0).sum()
     if few.min() < len(PARTS):
         msg = (
@@ -155,7 +220,6 @@ def _by_group(labels: pd.Series, groups: pd.Series, test_share: float, validatio
             "one whole group each; leave the class out of classes, or set group_by: null."
         )
         raise CellsError(msg)
-    counts = counts.loc[_in_random_order(counts.index, seed)]
     test = _take_groups(counts, test_share * counts.sum().to_numpy(), leave=2)
     rest = counts.drop(index=test)
     validation = _take_groups(rest, validation_share * rest.sum().to_numpy(), leave=1)
@@ -171,6 +235,89 @@ def _by_group(labels: pd.Series, groups: pd.Series, test_share: float, validatio
         dict.fromkeys(counts.index, "train") | dict.fromkeys(validation, "validation") | dict.fromkeys(test, "test")
     )
     return pd.Series(groups.map(part_of).to_numpy(), index=labels.index)
+
+
+def _count_groups(labels: pd.Series, groups: pd.Series, seed: int) -> pd.DataFrame:
+    """Count cells, (groups, classes), groups in random order."""
+    if groups.isna().any():
+        msg = f"{groups.isna().sum()} cells have no group in {groups.name!r}; drop them, or set group_by: null."
+        raise CellsError(msg)
+    counts = pd.crosstab(groups.to_numpy(), labels.to_numpy())
+    return counts.loc[_in_random_order(counts.index, seed)]
+
+
+def _deal_cells(labels: pd.Series, folds: int, seed: int) -> np.ndarray:
+    """Return the fold in which each cell is tested, (cells,); a class goes on in the fold where the last one ended."""
+    fold_of = pd.Series(0, index=labels.index)
+    start = 0
+    for name, cells in labels.groupby(labels):
+        n_rest = len(cells) - -(-len(cells) // folds)
+        if len(cells) < folds or n_rest < 2:
+            msg = (
+                f"Class {name!r} has {len(cells)} cells after quality control, too few for {folds} folds (each needs a "
+                "test cell, and beside it a training and a validation cell); leave it out of classes, or change folds."
+            )
+            raise CellsError(msg)
+        fold_of[_in_random_order(cells.index, seed)] = np.arange(start, start + len(cells)) % folds
+        start += len(cells)
+    return fold_of.to_numpy()
+
+
+def _deal_groups(
+    labels: pd.Series, groups: pd.Series, folds: int, validation_share: float, seed: int
+) -> tuple[dict, list[list] | None]:
+    """Return the fold in which each group is tested, and the validation groups of each fold.
+
+    The validation groups are None if in some fold no few whole groups with all classes can be spared for validation.
+    """
+    counts = _count_groups(labels, groups, seed)
+    if len(counts) < folds:
+        msg = (
+            f"{groups.name!r} has {len(counts)} groups, and {folds} folds need one whole group each; set folds to "
+            f"{len(counts)} or less, or group_by: null."
+        )
+        raise CellsError(msg)
+    shares = (counts / counts.sum()).to_numpy()  # of the cells of a class
+    held = np.zeros((folds, counts.shape[1]))  # the share of each class that each fold has
+    sizes = np.zeros(folds)
+    fold_of = np.zeros(len(counts), dtype=int)
+    for place in np.argsort(-shares.max(axis=1), kind="stable"):
+        overlap = held @ shares[place]  # what the fold adds to the sum of squares of the folds' shares
+        best = np.lexsort([sizes, overlap])[0]
+        fold_of[place] = best
+        held[best] += shares[place]
+        sizes[best] += counts.iloc[place].sum()
+    validation = []
+    for fold in range(folds):
+        rest = counts[fold_of != fold]
+        absent = counts.columns[rest.sum() == 0]
+        if len(absent):
+            msg = (
+                f"Class {absent[0]!r} is in no group of {groups.name!r} but those tested in fold {fold} of {folds}, so "
+                "nothing could be trained on; leave the class out of classes, or set group_by: null."
+            )
+            raise CellsError(msg)
+        taken = _take_groups(rest, validation_share * rest.sum().to_numpy(), leave=1)
+        n_taken, n_rest = counts.loc[taken].to_numpy().sum(), rest.to_numpy().sum()
+        is_complete = counts.loc[taken].sum().all() and n_taken <= MOST_VALIDATION * validation_share * n_rest
+        validation.append(taken if is_complete else None)
+    whole = all(taken is not None for taken in validation)
+    return dict(zip(counts.index, fold_of, strict=True)), validation if whole else None
+
+
+def _draw_validation(labels: pd.Series, validation_share: float, seed: str) -> list:
+    """Draw the names of the validation cells, stratified by class, of the cells of a fold that are not tested."""
+    drawn = []
+    for name, cells in labels.groupby(labels):
+        n = max(1, round(validation_share * len(cells)))
+        if n >= len(cells):
+            msg = (
+                f"Class {name!r} has {len(cells)} cells outside the test cells of a fold, too few for a validation "
+                f"share of {validation_share:.3g}; leave it out of classes, or change folds or validation_share."
+            )
+            raise CellsError(msg)
+        drawn += _in_random_order(cells.index, seed)[:n]
+    return drawn
 
 
 def _take_groups(counts: pd.DataFrame, target: np.ndarray, *, leave: int) -> list:
@@ -193,7 +340,7 @@ def _take_groups(counts: pd.DataFrame, target: np.ndarray, *, leave: int) -> lis
     return taken
 
 
-def _in_random_order(names: pd.Index, seed: int) -> list:
+def _in_random_order(names: pd.Index, seed: int | str) -> list:
     """Sort names by the hash of seed and name: a random order that does not depend on the given one."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 

@@ -64,7 +64,7 @@ def accuracy(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray)
 
 
 def macro_f1(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the mean F1 over the classes that are present or predicted, as `tuneformer.evaluate.metrics` (a `Score`).
+    """Return the mean F1 over the classes that have cells, as `tuneformer.evaluate.metrics` does (a `Score`).
 
     The F1 of a class is 2 hits / (true + predicted), so two products of matrices give it for all samples at once.
     """
@@ -73,7 +73,8 @@ def macro_f1(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray)
     predicted = probabilities.argmax(axis=1)[:, None] == classes
     hits = weights @ (true & predicted).astype(float)  # (samples, classes)
     either = weights @ (true.astype(float) + predicted)
-    return np.nanmean(np.divide(2 * hits, either, out=np.full_like(hits, np.nan), where=either > 0), axis=1)
+    has_cells = weights @ true.astype(float) > 0
+    return np.nanmean(np.divide(2 * hits, either, out=np.full_like(hits, np.nan), where=has_cells), axis=1)
 
 
 SCORES: Mapping[str, Score] = MappingProxyType({"accuracy": accuracy, "macro_f1": macro_f1})

@@ -94,6 +94,8 @@ def check_cells(settings: Study, cells: "ad.AnnData") -> list[Finding]:
         findings.append(Finding(what, where, len(twice), twice[0], remedy))
     if settings.group_by is not None:
         part = pd.Series(cells.obs["split"].astype(str).to_numpy(), index=cells.obs[settings.group_by].astype(str))
+        if settings.fold is not None:  # validation may be single cells of the training groups
+            part = part.where(part == "test", "train")
         parts = part.groupby(level=0).unique()
         divided = parts[parts.map(len) > 1]
         if len(divided):

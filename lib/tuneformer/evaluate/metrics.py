@@ -66,15 +66,15 @@ def score(
     ``accuracy``
         Share of cells predicted right.
     ``macro_f1``
-        Mean over the classes of the harmonic mean of precision and recall (scikit-learn's ``f1_score``; a class neither
-        present nor predicted is left out).
+        Mean over the classes that have test cells of the harmonic mean of precision and recall (scikit-learn's
+        ``f1_score``). A test set of whole groups may lack a class.
     ``balanced_accuracy``
         Mean recall of the classes that have test cells.
     ``weighted_f1``
         The mean of F1 weighted by the test cells of the classes.
     ``macro_auroc``, ``macro_average_precision``
         Area under the ROC curve and average precision of each class against the rest, ranked by its probability; their
-        mean. NaN unless every class has test cells, and there are two.
+        mean over the classes that have test cells. NaN unless there are two of them.
     ``log_loss``
         Mean of -ln(probability of the true class), nats per cell. Probabilities are clipped at the machine epsilon, as
         scikit-learn does: no cell counts more than 36 nats. NaN for a single class.
@@ -105,9 +105,11 @@ def score(
     true, probabilities, classes = _checked(labels, probabilities, classes)
     predicted = np.asarray(classes)[probabilities.argmax(axis=1)]
     options = {"labels": classes, "zero_division": np.nan}
+    tested = set(true)
+    present = [name for name in classes if name in tested]
     rows = {
         "accuracy": accuracy_score(true, predicted),
-        "macro_f1": f1_score(true, predicted, average="macro", **options),
+        "macro_f1": f1_score(true, predicted, average="macro", labels=present),
         "balanced_accuracy": recall_score(true, predicted, average="macro", **options),
         "weighted_f1": f1_score(true, predicted, average="weighted", **options),
     }
@@ -229,9 +231,11 @@ def _scores_of_probabilities(true: np.ndarray, probabilities: np.ndarray, classe
     numbers = np.array([number[name] for name in true])
     is_class = numbers[:, None] == np.arange(len(classes))  # (cells, classes)
     rows = dict.fromkeys(["macro_auroc", "macro_average_precision", "log_loss"], np.nan)
-    if len(classes) > 1 and is_class.any(axis=0).all():
-        rows["macro_auroc"] = roc_auc_score(is_class, probabilities, average="macro")
-        rows["macro_average_precision"] = average_precision_score(is_class, probabilities, average="macro")
+    present = is_class.any(axis=0)
+    if present.sum() > 1:
+        tested = is_class[:, present], probabilities[:, present]
+        rows["macro_auroc"] = roc_auc_score(*tested, average="macro")
+        rows["macro_average_precision"] = average_precision_score(*tested, average="macro")
     if len(classes) > 1:
         exact = probabilities / probabilities.sum(axis=1, keepdims=True)  # float32 sums to 1 but for its rounding
         rows["log_loss"] = log_loss(numbers, exact, labels=range(len(classes)))

@@ -2,8 +2,8 @@
 
 In: rows of ``metrics.csv``. Out: means over seeds with 95 % t intervals. They cover the spread between seeds (training
 cells drawn, head, order) on one fixed test set; they do not cover the choice of the test cells, as the tests in
-`tuneformer.evaluate.comparisons` do. In a cross-validation the intervals are over seeds and folds, and wider, because
-the training cells of the folds overlap.
+`tuneformer.evaluate.comparisons` do. In a cross-validation the intervals are over folds, and wider, because the
+training cells of the folds overlap.
 """
 
 from collections.abc import Iterable, Mapping
@@ -44,7 +44,7 @@ def interval(values: Iterable[float], *, overlap: float = 0.0) -> Interval:
     Parameters
     ----------
     values
-        One a seed, or in a cross-validation one a seed and fold.
+        One a seed, or in a cross-validation one a fold.
     overlap
         Test cells per training cell of a fold; 0 for values that are independent. The variance of the mean of J values
         is (1/J + overlap) times theirs (Nadeau and Bengio 2003, Machine Learning 52:239, section 5).
@@ -69,21 +69,27 @@ def interval(values: Iterable[float], *, overlap: float = 0.0) -> Interval:
 
 
 def over_runs(rows: pd.DataFrame) -> Interval:
-    """Return the mean of the column value over runs with its `interval`: over seeds, or over seeds and folds.
+    """Return the mean of the column value over runs with its `interval`: over seeds, or over folds.
+
+    The seeds of a fold share its cells, so their mean is one value.
 
     Parameters
     ----------
     rows
         Rows of ``metrics.csv`` of one arm and one metric: value and, where there are folds, fold, n_train and n_test.
     """
-    return interval(rows["value"], overlap=overlap(rows))
+    shared = overlap(rows)
+    return interval(rows.groupby("fold")["value"].mean() if shared else rows["value"], overlap=shared)
 
 
 def by_run(rows: pd.DataFrame, columns: str) -> pd.DataFrame:
-    """Lay out the column value: one row a seed, or seed and fold, and one column a value of `columns`."""
+    """Lay out the column value: one row a seed, or fold (the mean of its seeds), and one column a value of `columns`.
+
+    In a fold, only seeds count that all columns have.
+    """
     if overlap(rows) == 0:
         return rows.pivot(index="seed", columns=columns, values="value")
-    return rows.pivot(index=["seed", "fold"], columns=columns, values="value")
+    return rows.pivot(index=["fold", "seed"], columns=columns, values="value").dropna().groupby("fold").mean()
 
 
 def overlap(rows: pd.DataFrame) -> float:
@@ -119,7 +125,7 @@ def paired_difference(scores: pd.DataFrame, a: str, b: str) -> Interval:
     """Return the mean of (score of `a` - score of `b`) over the seeds that both have, with its 95 % t interval.
 
     Runs of one seed share training cells, head initialisation and order, so the pair removes what they have in common.
-    In a cross-validation, pairs are runs of one seed and fold.
+    In a cross-validation the difference is over folds, in each over the seeds that both have.
 
     Parameters
     ----------
@@ -191,12 +197,36 @@ def answer_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="_task").reset_index(drop=True)
 
 
+def intervals_by_method(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Set the t interval of the mean macro-F1 of each arm beside the bootstrap interval, as text.
+
+    Parameters
+    ----------
+    metrics
+        Rows of ``metrics.csv``.
+
+    Returns
+    -------
+    Indexed by task and arm: runs, mean, sd, and the two intervals; see `interval` and `bootstrap_interval`. The
+    bootstrap knows nothing of the overlap of folds.
+    """
+    rows = with_arms(metrics[metrics["metric"] == "macro_f1"].dropna(subset=["value"]))
+    table = []
+    for (task, arm), part in rows.groupby(["task", "arm"], sort=False):
+        by_t, drawn = over_runs(part), bootstrap_interval(part["value"])
+        texts = [MISSING if found.n == 1 else f"{found.low:.3f} to {found.high:.3f}" for found in (by_t, drawn)]
+        table.append((task, arm, by_t.n, round(by_t.mean, 3), round(by_t.sd, 3), *texts))
+    columns = ["task", "arm", "runs", "mean", "sd", "t interval", "bootstrap interval"]
+    return pd.DataFrame(table, columns=columns).set_index(["task", "arm"])
+
+
 def verdicts(metrics: pd.DataFrame) -> pd.DataFrame:
     """Judge each task: which strategy is ahead, whether clearly so, and what pre-training is worth.
 
     Returns
     -------
-    One row per task with scores. task; best, macro_f1, low, high and seeds of the strategy with the highest mean;
+    One row per task with scores. task; best, macro_f1, low, high of the strategy with the highest mean, over so many
+    seeds and folds (0 without);
     second, lead, lead_low, lead_high: the next one on the same train set, and the paired difference to it; pretrained,
     gain, gain_low, gain_high: `full`, and its paired difference to `random_init`, which is treated alike but for the
     pre-training; beyond, beyond_low, beyond_high: paired difference of the best strategy to `logistic_counts`; beating
@@ -333,7 +363,9 @@ def _verdict(metrics: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
     best = table.iloc[0]
     rows = _macro_f1(metrics, best["task"], best["train_set"])
     row = best[["task", "macro_f1", "low", "high"]].to_dict()
-    row |= {"best": best["strategy"], "seeds": best["runs"] - best["failed"], "second": None, "pretrained": None}
+    folds = rows["fold"].nunique() if "fold" in rows else 0
+    seeds = rows.loc[rows["strategy"] == best["strategy"], "seed"].nunique()
+    row |= {"best": best["strategy"], "seeds": seeds, "folds": folds, "second": None, "pretrained": None}
     row |= dict.fromkeys(["lead", "lead_low", "lead_high", "gain", "gain_low", "gain_high"], np.nan)
     row |= best[["beyond", "beyond_low", "beyond_high"]].to_dict()
     beyond = table.loc[table["strategy"] != CONTROL, ["beyond", "beyond_low"]].dropna(subset=["beyond"])
@@ -354,7 +386,7 @@ def _share_a_seed(rows: pd.DataFrame, a: str, b: str) -> bool:
 
 
 def _sentence(row: NamedTuple) -> str:
-    seeds = "1 seed" if row.seeds == 1 else f"{row.seeds} seeds"
+    seeds = f"{row.folds} folds" if row.folds else "1 seed" if row.seeds == 1 else f"{row.seeds} seeds"
     score = with_interval(row.macro_f1, row.low, row.high)
     highest = "a mean macro-F1" if row.second is None else "the highest mean macro-F1 of the strategies"
     text = [f"{row.best} has {highest} over {seeds}, {score}."]

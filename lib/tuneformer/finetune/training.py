@@ -172,6 +172,8 @@ def draw_cells(settings: Study, tokens: Tokens) -> dict[str, np.ndarray]:
     """
     table = tokens.dataset.select_columns(["label", "split"]).to_pandas()
     counts = pd.crosstab(table["label"], table["split"]).reindex(index=tokens.classes, columns=SPLITS, fill_value=0)
+    if settings.fold is not None and settings.group_by is not None:  # a test group need not have every class
+        counts = counts.drop(columns="test")
     empty = counts.stack()[lambda n: n == 0]
     if len(empty):
         label, split = empty.index[0]
@@ -319,7 +321,7 @@ class ClassifierTrainer(Trainer):
             "train_loss": self.epoch_loss / self.epoch_cells,
             "validation_loss": float(-np.log(likelihood).mean()),
             "validation_accuracy": float((predicted == labels).mean()),
-            "validation_macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=np.nan)),
+            "validation_macro_f1": float(f1_score(labels, predicted, labels=np.unique(labels), average="macro")),
             "seconds": time.perf_counter() - self.epoch_start,
         }
         log.history.append(row)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tuneformer.data import catalog, preprocessing
+from tuneformer.data.readers import CellsError
+from tuneformer.evaluate import cross_validation, statistics
 from tuneformer.study import grid, paths
 from tuneformer.study.params import ParameterError, Study, TrainingParams
 from tuneformer.study.run import checkpoint_hash, finished_record
@@ -39,6 +41,7 @@ COLUMNS = (
     "n_test",
     "fingerprint",
 )
+ARM = ["task", "train_set", "strategy"]
 PACKAGES = ("tuneformer", "torch", "transformers", "peft", "anndata", "datasets", "numpy", "pandas", "scikit-learn")
 
 
@@ -199,7 +202,49 @@ def collect(study: str) -> pd.DataFrame:
         for settings, record in runs:
             (partial / record_name(settings)).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     paths.write_text(folder / "metrics.csv", text)
-    return read_metrics(study)
+    metrics = read_metrics(study)
+    curves = _collect_curves(study, metrics)
+    if len(curves):
+        paths.write_text(folder / "roc.csv", curves.to_csv(index=False, lineterminator="\n", float_format="%.5g"))
+    return metrics
+
+
+def read_curves(study: str) -> pd.DataFrame:
+    """Read the ROC curves of a cross-validation, ``results/<study>/roc.csv``; no rows if the study has none.
+
+    Returns
+    -------
+    task, train_set, strategy and the columns of `tuneformer.evaluate.cross_validation.roc_curves`, for the best
+    strategy of each task, the first of the study and the linear baseline, with the first seed.
+    """
+    path = paths.results_dir(study) / "roc.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[*ARM, "label", "fpr", "tpr", "auc"])
+
+
+def _collect_curves(study: str, metrics: pd.DataFrame) -> pd.DataFrame:
+    """Return what `read_curves` describes: from the probabilities in ``runs/``, else as kept before."""
+    runs = grid.runs(study)
+    if not runs[0].folds:
+        return pd.DataFrame()
+    means = metrics[metrics["metric"] == "macro_f1"].groupby(ARM)["value"].mean()
+    kept, parts = read_curves(study), []
+    for (task, train_set), scores in means.groupby(ARM[:2]):
+        strategies = scores.droplevel(ARM[:2])
+        best = strategies.drop(strategies.index.intersection(runs[0].baselines)).idxmax()
+        for strategy in dict.fromkeys([best, runs[0].strategies[0], statistics.LINEAR]):
+            folds = [
+                paths.run_dir(run) / "predictions.parquet"
+                for run in runs
+                if (run.task, run.train_set, run.strategy, run.seed) == (task, train_set, strategy, runs[0].seeds[0])
+            ]
+            arm = {"task": task, "train_set": train_set, "strategy": strategy}
+            if folds and all(file.is_file() for file in folds):
+                cells = pd.concat([pd.read_parquet(file) for file in folds], ignore_index=True)
+                parts.append(cross_validation.roc_curves(cells).assign(**arm))
+            else:
+                parts.append(kept[(kept[ARM] == pd.Series(arm)).all(axis=1)])
+    found = pd.concat([part for part in parts if len(part)] or [kept], ignore_index=True)
+    return found[[*ARM, *found.columns.difference(ARM, sort=False)]]
 
 
 def read_metrics(study: str) -> pd.DataFrame:
@@ -234,8 +279,8 @@ def read_predictions(study: str) -> pd.DataFrame:
 
     Returns
     -------
-    task, train_set, strategy, seed, fingerprint, cell, label, predicted, and, where a task holds out whole groups,
-    group: one row a run and test cell. In a cross-validation each cell is tested in one fold, so that task, train set,
+    task, train_set, strategy, seed, fingerprint, cell, label, predicted; where a task holds out whole groups, group;
+    and in a cross-validation, fold: one row a run and test cell. As each cell is tested in one fold, task, train set,
     strategy and seed name it once.
 
     Raises
@@ -263,6 +308,8 @@ def _collect_predictions(study: str, fingerprints: set[str]) -> pd.DataFrame:
         sides = {key: getattr(settings, key) for key in ("task", "train_set", "strategy", "seed")}
         predicted = names[classes.to_numpy().argmax(axis=1)]
         part = scores[["cell", "label"]].assign(predicted=predicted, fingerprint=record["fingerprint"], **sides)
+        if settings.fold is not None:
+            part["fold"] = settings.fold
         if settings.group_by is not None:
             name = paths.part_name(settings)
             if name not in groups:
@@ -277,8 +324,8 @@ def _collect_predictions(study: str, fingerprints: set[str]) -> pd.DataFrame:
     order = ["task", "train_set", "strategy", "seed", "fingerprint", "cell", "label", "predicted"]
     parts = [part for part in parts if len(part)]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=order)
-    order += [column for column in ("group",) if column in table]
-    return table[order].astype({key: "category" for key in order if key != "seed"})
+    order += [column for column in ("group", "fold") if column in table]
+    return table[order].astype({key: "category" for key in order if key not in ("seed", "fold")})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -289,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         metrics = collect(study)
         asked = len(grid.runs(study))
-    except (RecordError, ParameterError, catalog.CellsError) as error:
+    except (RecordError, ParameterError, CellsError) as error:
         print(error, file=sys.stderr)
         return 2
     runs, failed = metrics["fingerprint"], metrics["metric"].str.startswith("status:")

@@ -115,7 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         listed = batch(name)
         for study, own in groupby(listed, key=lambda run: run.study):
-            print(_size(runs(study), len(list(own))))
+            own = list(own)
+            is_grid = own[0].kind == "cells"
+            print(_size(runs(study), len(own)) if is_grid else f"Study {study}: one notebook on {own[0].kind}")
     except ParameterError as error:
         print(error, file=sys.stderr)
         return 2

@@ -19,6 +19,8 @@ from tuneformer.study.params import ParameterError, Study, TrainingParams, load_
 
 TRAINING = "05_finetune_strategies"
 """The notebook that trains; only its runs are many, and only they end in a record."""
+WHOLE_STUDY = {"genes": "07_gene_dosage", "compression": "08_compress"}
+"""The one notebook of a study of another kind than cells."""
 
 
 class RunError(RuntimeError):
