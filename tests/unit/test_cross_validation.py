@@ -206,3 +206,31 @@ def test_a_class_without_cells_has_no_curve():
         "macro average",
     ]
     assert cv.roc_curves(table[table["label"] == "alpha"]).empty
+
+
+def test_sentences_hold_treatments_against_the_first_and_count_rare_cells(study):
+    metrics, predictions = study
+    (first, rare) = cv.sentences(metrics, predictions)["types"]
+    pair = cv.compare_folds(metrics).query("metric == 'macro_f1'").iloc[0]
+    assert pair["p"] < 0.05
+    assert first == (
+        f"Beside full, {pair['score_a']:.3f} over 5 folds, macro-F1 is clearly lower with lora "
+        f"({-pair['difference']:+.3f})."
+    )
+    t_cells = predictions[predictions["label"] == "t_cell"]
+    found = (t_cells["label"] == t_cells["predicted"]).groupby(t_cells["strategy"]).mean()
+    best = "lora the most" if found["lora"] > found["full"] else ", the most of all treatments"
+    assert rare.startswith(f"Of the cells of the 1 classes with fewer than 50 cells, full finds {found['full']:.0%}")
+    assert best in rare
+
+
+def test_treatments_that_are_alike_are_not_clearly_different_and_baselines_stand_beside():
+    metrics, predictions = made_up(arms=("full", "selective", "majority"), accuracy=(0.8, 0.8, 0.3))
+    against, baselines, rare = cv.sentences(metrics, predictions)["types"]
+    assert against.endswith("macro-F1 is not clearly different with 1.")
+    assert "the best baseline is majority" in baselines
+    assert "the best baseline, majority," in rare
+
+
+def test_one_treatment_has_nothing_to_be_compared_with():
+    assert cv.sentences(*made_up(arms=("full",), accuracy=(0.9,))) == {}

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from tuneformer.report import html, plotting, records
 from tuneformer.study import paths
 from tuneformer.study.params import load_study
-from tuneformer.study.treatments import Baseline, Strategy
 from tuneformer.study.train_sets import FORMS, parse
+from tuneformer.study.treatments import Baseline, Loss, Sampling, Strategy
+from tuneformer.study.treatments import parse as parse_treatment
 
 LOADS = {"src", "srcset", "data", "poster", "action", "background", "xlink:href", "formaction", "manifest"}
 REMOTE = re.compile(r"^\s*([a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
@@ -309,8 +310,17 @@ def test_every_form_of_train_set_is_explained():
             example = example.replace(placeholder, value)
         explained.append(example)
     kinds = {(one.kind, one.control, one.amount, one.generator == "copies") for one in map(parse, explained)}
-    assert len(kinds) == len(html.TRAIN_SETS) == 14
-    assert len(FORMS) == 7  # a new form needs a line in html.TRAIN_SETS, and an example here
+    assert len(kinds) == len(html.TRAIN_SETS) == 16
+    assert len(FORMS) == 8  # a new form needs a line in html.TRAIN_SETS, and an example here
+
+
+def test_every_part_of_a_name_is_explained():
+    explained = {
+        parse_treatment("selective" + part.replace("<n>", "2")).keys.popitem() for part in html.PARTS_OF_A_NAME
+    }
+    losses = {("loss", name) for name in get_args(Loss) if name != "cross_entropy"}
+    samplings = {("sampling", name) for name in get_args(Sampling) if name != "all"}
+    assert explained == losses | samplings | {("freeze_layers", 2), ("batch_size", 2)}
 
 
 def test_every_strategy_is_explained():

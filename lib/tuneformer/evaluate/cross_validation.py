@@ -15,11 +15,13 @@ import pandas as pd
 from scipy import stats
 from sklearn.metrics import auc, f1_score, roc_curve
 
-from tuneformer.evaluate.comparisons import PROBABILITY, Difference, holm, resampled_t_test
+from tuneformer.evaluate.comparisons import LEVEL, PROBABILITY, Difference, holm, resampled_t_test
 from tuneformer.evaluate.statistics import CONFIDENCE, SCORES, with_arms
+from tuneformer.study.treatments import BASELINES
 
 MACRO = "macro average"
 RUN = ("task", "train_set", "strategy")
+RARE = 50  # cells of a class, over all folds
 ROC_POINTS = 200  # of the curve of a class
 
 
@@ -205,3 +207,77 @@ def _compare_pair(runs: pd.DataFrame, a: str, b: str) -> dict[str, float | str]:
         return row | Difference(differences.mean(), np.nan, np.nan, np.nan, np.nan)._asdict()
     sizes = {part: float(by_fold[part][[a, b]].to_numpy().mean()) for part in ("n_train", "n_test")}
     return row | resampled_t_test(differences, **sizes)._asdict()
+
+
+def sentences(metrics: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, list[str]]:
+    """Say what the treatments of a cross-validation do beside the first of them, for all classes and for rare ones.
+
+    Parameters
+    ----------
+    metrics, predictions
+        As `fold_table`.
+
+    Returns
+    -------
+    For each task with several treatments of one train set: the macro-F1 against the first treatment, over the folds,
+    with Holm's correction over these comparisons; the best baseline; and the accuracy on cells of rare classes, those
+    with fewer than `RARE` cells, pooled over the folds.
+    """
+    scores = _scores(metrics)
+    scores = scores[scores["metric"] == "macro_f1"]
+    classes = class_table(predictions)
+    found = {}
+    for task, rows in scores.groupby("task", sort=False):
+        wide = rows.pivot(index=["fold", "seed"], columns="arm", values=["value", "n_train", "n_test"])
+        arms = [arm for arm in dict.fromkeys(rows["arm"]) if arm not in BASELINES]
+        if len(arms) > 1 and rows["fold"].nunique() > 1 and rows["train_set"].nunique() == 1:
+            found[task] = [*_against_first(wide, arms), *_on_baselines(rows), *_on_rare(classes, task, arms)]
+    return found
+
+
+def _against_first(wide: pd.DataFrame, arms: list[str]) -> list[str]:
+    first, *others = arms
+    pairs = pd.DataFrame([_compare_pair(wide, arm, first) for arm in others])
+    pairs["p_holm"] = holm(pairs["p"])
+    clear = pairs["p_holm"] < LEVEL
+    groups = {
+        "clearly higher with": pairs[clear & (pairs["difference"] > 0)],
+        "clearly lower with": pairs[clear & (pairs["difference"] < 0)],
+    }
+    parts = [
+        f"{how} {', '.join(f'{row.a} ({row.difference:+.3f})' for row in part.itertuples())}"
+        for how, part in groups.items()
+        if len(part)
+    ]
+    rest = f"{'the other ' if clear.any() else ''}{(~clear).sum()}"
+    parts += [f"not clearly different with {rest}"] if (~clear).any() else []
+    folds, score = pairs["folds"].iloc[0], pairs["score_b"].iloc[0]
+    return [f"Beside {first}, {score:.3f} over {folds} folds, macro-F1 is {'; '.join(parts)}."]
+
+
+def _on_baselines(rows: pd.DataFrame) -> list[str]:
+    means = rows.groupby("arm")["value"].mean()
+    baselines = means[means.index.isin(BASELINES)]
+    tuned = means.drop(baselines.index)
+    if baselines.empty:
+        return []
+    best, name = tuned.idxmax(), baselines.idxmax()
+    return [
+        f"The highest mean is that of {best}, {tuned[best]:.3f}; the best baseline is {name}, {baselines[name]:.3f}."
+    ]
+
+
+def _on_rare(classes: pd.DataFrame, task: str, arms: list[str]) -> list[str]:
+    rare = classes[(classes["task"] == task) & (classes["cells"] < RARE)]
+    if rare.empty:
+        return []
+    right = (rare["accuracy"] * rare["cells"]).groupby(rare["arm"]).sum() / rare.groupby("arm")["cells"].sum()
+    names = list(dict.fromkeys(rare["label"]))
+    tuned, baselines = right[right.index.isin(arms)], right[right.index.isin(BASELINES)]
+    best = tuned.idxmax()
+    text = (
+        f"Of the cells of the {len(names)} classes with fewer than {RARE} cells, {arms[0]} finds {right[arms[0]]:.0%}"
+    )
+    text += f", {best} the most, {right[best]:.0%}" if best != arms[0] else ", the most of all treatments"
+    text += f"; the best baseline, {baselines.idxmax()}, {baselines.max():.0%}" if len(baselines) else ""
+    return [f"{text}."]

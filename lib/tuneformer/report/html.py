@@ -19,7 +19,7 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 import tuneformer
-from tuneformer.evaluate import statistics, trainset_effects
+from tuneformer.evaluate import cross_validation, statistics, trainset_effects
 from tuneformer.report import records
 from tuneformer.study import paths
 from tuneformer.study.params import ParameterError, load_study
@@ -44,9 +44,15 @@ CAPTIONS = {
     "the cells of all seeds added up.",
     "fig9": "Accuracy and macro-F1 in {}, against the number of training cells of each class, for every strategy and "
     "baseline (dashed): what to do with so many labelled cells.",
+    "fig10": "Accuracy and macro-F1 of each treatment in {}: small points are folds, the diamond is their mean, the "
+    "black bar the score of all cells pooled, each predicted by the one model that did not see it.",
+    "fig11": "Share of the cells of each class that are found, in {}, over all folds; classes from the largest to the "
+    "smallest.",
+    "fig12": "Each class against the rest, in {}: true and false positive rate over all thresholds of the probability, "
+    "cells of all folds together, and their average.",
 }
 FIGURE_NAME = re.compile(
-    r"(fig\d+)_(?:confusion_)?(.*?)(?:_against_k|_decomposition|_per_class|_share|_confusion|_learning_curve)?"
+    r"(fig\d+)_(?:confusion_)?(.*?)(?:_against_k|_decomposition|_per_class|_share|_confusion|_learning_curve|_folds|_class_accuracy|_roc)?"
 )
 PIXELS = 1.75  # of a figure file per pixel of the page
 STRATEGIES = {
@@ -59,6 +65,17 @@ STRATEGIES = {
     "layerwise_lr_decay": "Everything learns, and lower layers learn more slowly.",
     "lora": "The pre-trained weights stay; small low-rank updates of the attention and the head learn.",
     "random_init": "Control: the same model without pre-training, everything learns.",
+}
+PARTS_OF_A_NAME = {
+    "_freeze<n>": "selective: the first n encoder layers stay as they were pre-trained.",
+    "_batch<n>": "n cells per optimizer step.",
+    "_weighted": "Cross-entropy, each class weighted by the inverse of its number of training cells.",
+    "_balanced_softmax": "Cross-entropy of logits to which training adds the log of the class shares.",
+    "_focal": "Cross-entropy in which cells that are classified well count less.",
+    "_dice": "One minus the overlap (soft dice) of predicted and true cells of each class.",
+    "_bce": "Binary cross-entropy of each class against the rest.",
+    "_upsampled": "Training cells of rare classes repeated until all classes are as large; takes more optimizer steps.",
+    "_balanced": "As many training cells an epoch as before, drawn so that each class is equally likely.",
 }
 BASELINES = {
     "majority": "Always the shares of the classes among the training cells.",
@@ -82,6 +99,8 @@ TRAIN_SETS = {
     "mixture_<generator>_pad<n>": "All training cells and n synthetic ones more of each padded class.",
     "mixture_copies_pad<n>": "Control: all training cells, and n of them more of each padded class, drawn again.",
     "mixture_<generator>_share<p>": "As many cells as before, p % of them synthetic.",
+    "bulk": "The samples of a bulk count table, each a training point.",
+    "synthetic_<generator>_bulk": "Cells drawn around bulk samples; untreated single cells say how cells vary.",
 }
 
 
@@ -129,6 +148,7 @@ def build(study: str) -> Path:
             first=first,
             others=others,
             strategies=list(STRATEGIES.items()),
+            parts=list(PARTS_OF_A_NAME.items()),
             baselines=list(BASELINES.items()),
             train_sets=list(TRAIN_SETS.items()) if any(study["effects"] for study in [first, *others]) else [],
             version=tuneformer.__version__,
@@ -186,6 +206,9 @@ def _section(site: Path, study: str, convert: _Converter) -> dict[str, Any]:
     tables = [(task, rows.drop(columns="Task").to_numpy().tolist()) for task, rows in shown.groupby("Task", sort=False)]
     judged = statistics.verdicts(trainset_effects.strategy_rows(metrics))
     answers = statistics.sentences(judged) if trainset_effects.compares_strategies(metrics) else {}
+    if settings.folds:
+        said = cross_validation.sentences(metrics, records.read_predictions(study))
+        answers = {task: " ".join(said.get(task, [text])) for task, text in answers.items()}
     links = _notebook_links(site, study, convert, simulated=settings.simulated)
     folder = site / "results" / study
     folder.mkdir(parents=True)
@@ -213,12 +236,18 @@ def _figures(site: Path, study: str) -> list[dict[str, str]]:
     if source.is_dir():
         shutil.copytree(source, target)
     figures = []
-    for file in sorted(target.glob("*.png")):
+    for file in sorted(target.glob("*.png"), key=_place):
         address = f"figures/{study}/{quote(file.stem)}"
         files = {kind: f"{address}.{kind}" for kind in ("png", "pdf", "csv")}
         width = int.from_bytes(file.read_bytes()[16:20], "big")  # where the PNG format keeps it
         figures.append({"caption": _caption(file.stem), "width": round(width / PIXELS), **files})
     return figures
+
+
+def _place(file: Path) -> tuple[int, str]:
+    """Return what figures are sorted by: their number, then their name."""
+    number = re.match(r"fig(\d+)", file.stem)
+    return (int(number[1]) if number else 0, file.stem)
 
 
 def _caption(figure: str) -> str:
