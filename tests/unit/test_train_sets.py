@@ -21,6 +21,8 @@ from tuneformer.study.train_sets import TrainSet, parse
         ("synthetic_nb_copula_untreated", TrainSet("synthetic", generator="nb_copula", control="untreated")),
         ("mixture_nb_share50", TrainSet("mixture", generator="nb", amount="share", number=50)),
         ("mixture_copies_pad700", TrainSet("mixture", generator="copies", amount="pad", number=700)),
+        ("bulk", TrainSet("bulk")),
+        ("synthetic_nb_copula_bulk", TrainSet("synthetic", generator="nb_copula", control="bulk")),
     ],
 )
 def test_a_name_says_all(name, expected):
@@ -48,8 +50,8 @@ def test_anything_else_is_refused(name, reason):
 
 
 def test_a_study_with_an_unknown_train_set_is_refused_before_it_starts():
-    with pytest.raises(ParameterError, match=r"a run of tiny: train_sets: 'bulk' is no train set|tiny.*'bulk' is no"):
-        load_study("tiny", train_sets=["bulk"])
+    with pytest.raises(ParameterError, match=r"a run of tiny: train_sets: 'bulks' is no train set|tiny.*'bulks' is no"):
+        load_study("tiny", train_sets=["bulks"])
 
 
 @pytest.mark.parametrize("path", sorted(paths.PARAMS.glob("[!_]*.yaml")), ids=lambda path: path.stem)

@@ -128,7 +128,7 @@ def test_a_numpy_object_scalar_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no pickle at all", pickle.dumps({"ENSG1": 2.0})[:-4]])
 def test_a_damaged_pickle_is_refused(tmp_path, content):
     (tmp_path / "medians.pkl").write_bytes(content)
-    with pytest.raises(VocabularyError, match=r"medians\.pkl was not read as a dictionary of genes"):
+    with pytest.raises(VocabularyError, match=r"medians\.pkl was not read as a pickle of text and numbers"):
         read_dictionary(tmp_path / "medians.pkl")
 
 

@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tuneformer.data import catalog, splits
-from tuneformer.data.readers import CellsError, nearest
+from tuneformer.data import catalog, gene_symbols, splits
+from tuneformer.data.readers import CellsError, nearest, refuse_unset
 from tuneformer.study import paths
 from tuneformer.study.params import CellsParams, Study
 from tuneformer.study.run import fingerprint
 
 RULES = ("label", "min_counts", "max_counts", "max_mito_share")
+COUNT_BASELINES = ("logistic_counts", "knn_pca")  # those that read counts and not tokens
+FEW_CELLS = 10  # of a class, on average: below, the label column names cells or measures them
 
 
 def check_cells(adata: ad.AnnData, settings: Study) -> None:
@@ -26,10 +28,12 @@ def check_cells(adata: ad.AnnData, settings: Study) -> None:
     Raises
     ------
     CellsError
-        No cells or genes; a cell name or a gene identifier stands twice; an obs column of the task is missing; ``X``
-        holds text, missing, infinite, negative or fractional values (normalised cells), or no count at all.
+        No cells or genes; a cell name or a gene identifier stands twice; the genes are not human; an obs column of the
+        task is missing, or that of the classes holds measurements or names of cells; ``X`` holds text, missing,
+        infinite, negative or, unless ``fractional_counts``, fractional values (normalised cells), or no count at all.
+        A tokenized data set has no genes and no counts to check, and nothing that reads counts can be asked of it.
     """
-    if not adata.n_obs or not adata.n_vars:
+    if not adata.n_obs or not (adata.n_vars or has_no_counts(adata)):
         msg = f"The data set has {adata.n_obs} cells and {adata.n_vars} genes; choose a file that has both."
         raise CellsError(msg)
     for what, names in {"cell name": adata.obs_names, "gene identifier": pd.Index(adata.var["ensembl_id"])}.items():
@@ -37,12 +41,28 @@ def check_cells(adata: ad.AnnData, settings: Study) -> None:
             first = names[names.duplicated()][0]
             msg = f"The {what} {first!r} stands {(names == first).sum()} times; make every {what} unique."
             raise CellsError(msg)
+    _refuse_other_species(adata)
     for key in ("label", "select_column", "dose_column", "group_by"):
         column = getattr(settings, key)
         if column is not None and column not in adata.obs:
-            msg = f"{key}: the cells have no obs column {column!r}; {nearest(column, adata.obs.columns)}."
+            refuse_unset(key, column)
+            remedy = nearest(column, adata.obs.columns)
+            if adata.obs.columns.empty:
+                remedy = (
+                    "as they have none at all, set obs_table to a csv or tsv with one, cell names in the first column"
+                )
+            msg = f"{key}: the cells have no obs column {column!r}; {remedy}."
             raise CellsError(msg)
-    _check_counts(adata, settings)
+    _refuse_no_classes(adata.obs[settings.label], settings)
+    if has_no_counts(adata):
+        _refuse_count_readers(settings)
+    else:
+        _check_counts(adata, settings)
+
+
+def has_no_counts(adata: ad.AnnData) -> bool:
+    """Return whether the cells were tokenized by others, so that labels and groups are all that is known of them."""
+    return adata.n_vars == 0 and "length" in adata.obs
 
 
 def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
@@ -53,7 +73,8 @@ def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
     One row a cell: ``n_counts`` (sum of its raw counts), ``n_genes`` (genes with a count), ``mito_share`` (0 to 1; NaN
     where no gene symbol begins with `mito_prefix`, or the cell has no count), and for every rule of `RULES`, named as
     its key in the params file, whether the cell fails it. A cell without a value in the label, selection,
-    dose or group column fails ``label``.
+    dose or group column fails ``label``. Of a tokenized cell the total count is not known (NaN), and ``n_genes`` is the
+    number of its tokens.
 
     Source of the rules: the theses on sciplex2 (drug and dose known, 500 to 12,000 counts, at most 50 % mitochondrial).
     """
@@ -65,12 +86,14 @@ def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
     flags = pd.DataFrame(
         {"n_counts": n_counts, "n_genes": np.asarray((adata.X != 0).sum(axis=1)).ravel()}, index=adata.obs_names
     )
+    if has_no_counts(adata):
+        flags["n_counts"], flags["n_genes"] = np.nan, adata.obs["length"]
     flags["mito_share"] = np.nan
     if mito.any():
         flags["mito_share"] = np.divide(mito_counts, n_counts, out=np.full_like(n_counts, np.nan), where=n_counts > 0)
     flags["label"] = adata.obs[[column for column in needed if column]].isna().any(axis=1)
-    flags["min_counts"] = n_counts < settings.min_counts
-    flags["max_counts"] = n_counts > max_counts
+    flags["min_counts"] = flags["n_counts"] < settings.min_counts
+    flags["max_counts"] = flags["n_counts"] > max_counts
     flags["max_mito_share"] = flags["mito_share"] > settings.max_mito_share
     return flags
 
@@ -127,7 +150,8 @@ def select_task_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
     Returns
     -------
     A copy of the cells with one of `select_values` in `select_column` and one of `classes` in the label column, with
-    ``obs["label"]``, a categorical whose categories are the classes in their order.
+    ``obs["label"]``, a categorical whose categories are the classes in their order. Where `classes` is empty, all
+    classes with `min_class_cells` or more are kept; ``uns["recognised"]`` says which are left out.
 
     Raises
     ------
@@ -140,14 +164,25 @@ def select_task_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
         _refuse_absent("select_values", settings.select_values, settings.select_column, values)
         selected = values.isin(settings.select_values).to_numpy()
     labels = adata.obs[settings.label].astype(str)
-    classes = settings.classes or sorted(labels[selected].unique())
+    sizes = labels[selected].value_counts()
+    classes = settings.classes or sorted(sizes.index[sizes >= settings.min_class_cells])
     _refuse_absent("classes", classes, settings.label, labels[selected])
+    if not classes:
+        msg = (
+            f"min_class_cells: no class of obs column {settings.label!r} has {settings.min_class_cells} cells (the "
+            f"largest has {sizes.max()}); set it to less."
+        )
+        raise CellsError(msg)
     if len(classes) < 2:
         msg = f"obs column {settings.label!r} has one class, {classes[0]!r}; set label to a column with two or more."
         raise CellsError(msg)
     kept = selected & labels.isin(classes).to_numpy()
     adata = adata[kept].copy()
     adata.obs["label"] = pd.Categorical(labels[kept], categories=classes, ordered=True)
+    small = [] if settings.classes else sorted(set(sizes.index) - set(classes))
+    if small:
+        shown = f"{len(small)} of less than {settings.min_class_cells} cells: {', '.join(small)}"
+        adata.uns["recognised"] = {**adata.uns.get("recognised", {}), "classes left out": shown}
     return adata
 
 
@@ -195,7 +230,7 @@ def write_cells(adata: ad.AnnData, settings: Study) -> dict:
     Returns
     -------
     What is written to ``uns["provenance"]`` as JSON text: fingerprint, dataset (name), simulated, data (hash of the
-    source), split (hash), n_cells, n_genes.
+    source), split (hash), n_cells, n_genes, and what was recognised in own data.
     """
     source = adata.uns["dataset"]
     provenance = {
@@ -206,6 +241,7 @@ def write_cells(adata: ad.AnnData, settings: Study) -> dict:
         "split": splits.split_hash(adata.obs["split"]),
         "n_cells": adata.n_obs,
         "n_genes": adata.n_vars,
+        **adata.uns.get("recognised", {}),
     }
     adata.uns["provenance"] = json.dumps(provenance)
     with paths.atomic_path(paths.cells_path(settings)) as partial:
@@ -247,12 +283,10 @@ def _check_counts(adata: ad.AnnData, settings: Study) -> None:
         msg = f"{where} holds {values.dtype} values, not numbers; set counts to raw or to the layer with raw counts."
         raise CellsError(msg)
     data = values.data
-    for what, wrong in {
-        "missing (NaN)": np.isnan(data),
-        "infinite": np.isinf(data),
-        "negative": data < 0,
-        "fractional": data != np.floor(data),
-    }.items():
+    faults = {"missing (NaN)": np.isnan(data), "infinite": np.isinf(data), "negative": data < 0}
+    if not settings.fractional_counts:
+        faults["fractional"] = data != np.floor(data)
+    for what, wrong in faults.items():
         if wrong.any():
             first = int(np.argmax(wrong))
             cell = adata.obs_names[np.searchsorted(values.indptr, first, side="right") - 1]
@@ -264,6 +298,44 @@ def _check_counts(adata: ad.AnnData, settings: Study) -> None:
             raise CellsError(msg)
     if not data.any():
         msg = f"{where} holds no count at all; set counts to raw or to the layer with raw counts."
+        raise CellsError(msg)
+
+
+def _refuse_count_readers(settings: Study) -> None:
+    """Refuse what cannot be done with cells that are tokens already."""
+    counting = [name for name in settings.baselines if name in COUNT_BASELINES]
+    made = [name for name in dict.fromkeys([*settings.train_sets, settings.train_set]) if name != "single_cell"]
+    faults = {
+        f"baselines: {' and '.join(counting)} read counts": counting,
+        f"train_sets: {', '.join(made)} is made of counts": made,
+        "vocabulary: fit takes medians from counts": settings.vocabulary == "fit",
+    }
+    for what, wrong in faults.items():
+        if wrong:
+            remedy = "set it to checkpoint" if what.startswith("vocabulary") else "leave that out"
+            msg = f"{what}, and the cells of this study are tokens already, without counts; {remedy}."
+            raise CellsError(msg)
+
+
+def _refuse_other_species(adata: ad.AnnData) -> None:
+    found = gene_symbols.foreign_species(adata.var["ensembl_id"], adata.var["symbol"])
+    if found is not None:
+        msg = (
+            f"The genes are those of {found[0]} (such as {found[1]}), and Geneformer knows human genes only; replace "
+            "them by their one-to-one human orthologs (Ensembl BioMart lists them) and drop the others."
+        )
+        raise CellsError(msg)
+
+
+def _refuse_no_classes(labels: pd.Series, settings: Study) -> None:
+    """Refuse a label column in which nearly every cell has a value of its own."""
+    number = labels.nunique()
+    if not settings.classes and number > 2 and labels.notna().sum() < FEW_CELLS * number:
+        msg = (
+            f"label: obs column {settings.label!r} has {number:,} different values for {labels.notna().sum():,} cells, "
+            "so it measures or names cells and holds no classes; set label to a column with few classes, or name them "
+            "in classes."
+        )
         raise CellsError(msg)
 
 

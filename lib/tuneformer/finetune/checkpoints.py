@@ -1,6 +1,6 @@
 """A cell classifier that starts from a pre-trained Geneformer, or from nothing.
 
-In: a checkpoint folder (config.json, model.safetensors), and the vocabulary and classes of a task. Out: a
+In: a checkpoint (config.json, model.safetensors), and the vocabulary and classes of a task. Out: a
 `CellClassifier` with a new head, whose encoder and gene embeddings come from the checkpoint.
 """
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from tuneformer.data import checkpoint_files
 from tuneformer.study import paths
 from tuneformer.study.params import Study
 from tuneformer.tokens.vocabulary import Vocabulary
@@ -84,8 +85,10 @@ def load_classifier(settings: Study, vocabulary: Vocabulary, classes: list[str])
     ------
     CheckpointError
         No BERT configuration, no weights, or weights with other names or shapes than those of a ``BertForMaskedLM``.
+    DownloadError
+        A published checkpoint (`tuneformer.data.checkpoint_files`) is not there and cannot be fetched.
     """
-    folder = paths.checkpoint_dir(settings.checkpoint)
+    folder = checkpoint_files.ensure(settings.checkpoint)
     config = read_config(folder)
     rows = config.vocab_size
     config.update(

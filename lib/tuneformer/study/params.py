@@ -57,27 +57,38 @@ class TaskParams(Section):
     @field_validator("label")
     @classmethod
     def _expanded(cls, label: str) -> str:
-        return os.path.expandvars(label)  # params/own_data.yaml says $LABEL; a variable that is not set stays
+        return os.path.expandvars(label) or label  # params/own_data.yaml says $LABEL; without a value it stays
 
 
 class CellsParams(TaskParams):
     """From raw counts to quality-controlled cells with a fixed split (01_qc)."""
 
-    dataset: Literal["demo", "demo_pancreas", "pbmc68k", "own", "sciplex2", "sciplex3", "pancreas", "cardiomyopathy"]
+    dataset: Literal[
+        "demo",
+        "demo_pancreas",
+        "pbmc68k",
+        "own",
+        "sciplex2",
+        "sciplex2_geo",
+        "sciplex3",
+        "pancreas",
+        "cardiomyopathy",
+    ]
     """Source of the cells: demo and demo_pancreas (simulated), pbmc68k (carried by scanpy), own (a file of yours), or
     one that is downloaded (`tuneformer.data.catalog`)."""
     path: str | None
-    """The h5ad file when dataset is own; relative to the repository; $VARIABLES are expanded."""
+    """The cells when dataset is own: an h5ad, a 10x h5 or folder, or a tokenized data set in the official format;
+    relative to the repository; $VARIABLES are expanded."""
     counts: str
     """Where the raw counts are: X, raw, the name of a layer, or auto, which takes the first that holds counts."""
     fractional_counts: bool
     """Whether counts may be fractions, as full-length protocols give them; rank encoding needs no whole numbers."""
     min_hash_umis: Annotated[int, Field(ge=0)] | None
-    """sciplex2, sciplex3: smallest number of hash UMIs of a kept cell; null for no limit."""
+    """sciplex2, sciplex3: a kept cell has more hash UMIs; null for no limit, as the harmonised sciplex3 needs it."""
     min_hash_ratio: float | None
-    """sciplex2, sciplex3: smallest ratio of the most frequent hash to the second of a kept cell; null for no limit."""
+    """sciplex2, sciplex3: a kept cell has a larger ratio of its first hash to its second; null for no limit."""
     max_hash_qval: Share | None
-    """sciplex2, sciplex3: largest q value of the test of a cell's hashes against background; null for no limit."""
+    """sciplex2, sciplex3: a kept cell has a smaller q value of its hashes against background; null for no limit."""
     ensembl_id: str | None
     """var column with the gene identifiers; null takes the column, or the index, that holds Ensembl identifiers."""
     symbol: str | None
@@ -126,7 +137,7 @@ class TokensParams(TrainSetParams):
     """From cells to tokens (02_tokenize)."""
 
     checkpoint: str
-    """Pre-trained model: demo (shipped with the package, simulated) or a local folder in the official layout."""
+    """Pre-trained model: demo (shipped, simulated), a published name, or a local folder in the official layout."""
     vocabulary: Literal["checkpoint", "fit"]
     """Gene tokens and medians: from the checkpoint, or medians fitted on the training cells (unknown genes added)."""
     max_length: Positive | None
@@ -235,17 +246,25 @@ class GenesParams(Section):
     """Cells in whose context the genes are read."""
     gene_null: bool
     """demo: whether the classes are drawn without any tie to the network, so that nothing can be found."""
+    gene_permutations: Positive
+    """Permutations of the classes over the genes, for the control of each baseline."""
 
 
 class CompressionParams(Section):
     """Compression of a fine-tuned model (08_compress)."""
 
+    compressions: list[
+        Literal["bf16", "int8_dynamic", "int8_weights", "pruned", "heads", "neurons", "layers", "onnx", "onnx_int8"]
+    ]
+    """What is done to the model, each by itself; `tuneformer.finetune.compression` says what they are."""
     pruned_shares: list[Share]
     """Shares of weights, heads or neurons that are pruned away."""
     benchmark_cells: Positive
-    """Cells predicted in one measurement of speed."""
+    """Test cells predicted in one measurement of speed; all where there are fewer."""
     benchmark_batch: Positive
     """Cells of a batch in measurements of speed and memory."""
+    benchmark_repeats: Positive
+    """Repetitions of a measurement of speed; their median counts."""
 
 
 class Study(TrainingParams, PretrainingParams, GenesParams, CompressionParams):
@@ -255,6 +274,8 @@ class Study(TrainingParams, PretrainingParams, GenesParams, CompressionParams):
     """Name of the study: its params file without the ending."""
     question: str
     """The question that the study answers, in one sentence."""
+    kind: Literal["cells", "genes", "compression"]
+    """What is studied: classification of cells (05, a grid of runs), of genes (07), or compression (08)."""
     tasks: list[Name]
     """Tasks of the grid: names of params files whose task keys are used; [] means the study's own keys."""
     train_sets: list[Name]

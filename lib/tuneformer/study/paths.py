@@ -34,8 +34,11 @@ NOTEBOOKS = ROOT / "notebooks"
 RESULTS = ROOT / "results"
 FIGURES = ROOT / "figures"
 RUNS = Path(os.environ.get("TUNEFORMER_RUNS", ROOT / "runs"))
+DOWNLOADS = Path(os.environ.get("TUNEFORMER_DOWNLOADS", ROOT / "data"))
 SITE = ROOT / "site"
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
+PUBLISHED = ("Geneformer-V1-10M", "Geneformer-V2-104M", "Geneformer-V2-316M")
+"""Checkpoints that are downloaded; their files are listed in `tuneformer.data.checkpoint_files`."""
 
 
 def task_dir(settings: "Study") -> Path:
@@ -79,7 +82,13 @@ def user_path(written: str) -> Path:
 
 
 def checkpoint_dir(name: str) -> Path:
-    """Return the folder of a checkpoint: ``demo`` lies in the package, any other name is a path (see `user_path`)."""
+    """Return the folder of a checkpoint.
+
+    ``demo`` lies in the package, a published one (see `PUBLISHED`) where downloads go; any other name is a path (see
+    `user_path`).
+    """
+    if name in PUBLISHED:
+        return DOWNLOADS / name
     return ASSETS / "demo_checkpoint" if name == "demo" else user_path(name)
 
 

@@ -83,7 +83,10 @@ def checkpoint_hash(name: str) -> str:
     for file in ("config.json", "model.safetensors"):
         path = paths.checkpoint_dir(name) / file
         if not path.is_file():
-            msg = f"checkpoint: {path} does not exist; set checkpoint to demo or to the folder of a Geneformer model."
+            msg = (
+                f"checkpoint: {path} does not exist; set checkpoint to demo, to a published name or to the folder of a "
+                "Geneformer model; published ones come by `python -m tuneformer.data.download <study>`."
+            )
             raise ParameterError(msg)
         with path.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())

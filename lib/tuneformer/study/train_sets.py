@@ -16,8 +16,9 @@ FORMS = (
     "single_cell_k<k>",
     "single_cell_k<k>_steps",
     "pseudobulk_k<k>_<sum|mean|approx_mean>[_<thinned|capped|boosted|steps>]",
-    "synthetic_<gaussian|gaussian_full|nb|nb_copula>[_untreated]",
+    "synthetic_<gaussian|gaussian_full|nb|nb_copula>[_<untreated|bulk>]",
     "mixture_<generator|copies>_<pad<n>|share<percent>>",
+    "bulk",
 )
 
 _AGGREGATION = "|".join(AGGREGATIONS)
@@ -27,8 +28,9 @@ _PATTERNS = (
     r"(?P<kind>single_cell)_(?P<amount>n)(?P<number>\d+)",
     r"(?P<kind>single_cell)_k(?P<k>\d+)(?P<control>_steps)?",
     rf"(?P<kind>pseudobulk)_k(?P<k>\d+)_(?P<aggregation>{_AGGREGATION})(?P<control>_(thinned|capped|boosted|steps))?",
-    rf"(?P<kind>synthetic)_(?P<generator>{_GENERATOR})(?P<control>_untreated)?",
+    rf"(?P<kind>synthetic)_(?P<generator>{_GENERATOR})(?P<control>_(untreated|bulk))?",
     rf"(?P<kind>mixture)_(?P<generator>{_GENERATOR}|copies)_(?P<amount>pad|share)(?P<number>\d+)",
+    r"(?P<kind>bulk)",
 )
 
 
@@ -36,20 +38,26 @@ _PATTERNS = (
 class TrainSet:
     """What the name of a train set says.
 
-    ``kind``: single_cell, pseudobulk, synthetic or mixture. ``k``: mean number of cells in a group. ``aggregation``:
-    how a group becomes a point. ``generator``: of synthetic cells, or copies (of real ones). ``control``: points (one
-    cell of each group), steps (the optimizer steps of the other side), thinned, capped, boosted, untreated. ``amount``
-    and ``number``: n, most cells of each class; pad, cells added to each padded class; share, percent of the cells that
-    are synthetic.
+    ``kind``: single_cell, pseudobulk, synthetic, mixture or bulk (the samples of a bulk table). ``k``: mean number of
+    cells in a group. ``aggregation``: how a group becomes a point. ``generator``: of synthetic cells, or copies (of
+    real ones). ``control``: points (one cell of each group), steps (the optimizer steps of the other side), thinned,
+    capped, boosted, untreated (only untreated cells say how cells vary), bulk (so do they, and bulk samples give the
+    means). ``amount`` and ``number``: n, most cells of each class; pad, cells added to each padded class; share,
+    percent of the cells that are synthetic.
     """
 
-    kind: Literal["single_cell", "pseudobulk", "synthetic", "mixture"]
+    kind: Literal["single_cell", "pseudobulk", "synthetic", "mixture", "bulk"]
     k: int | None = None
     aggregation: str | None = None
     generator: str | None = None
     control: str | None = None
     amount: str | None = None
     number: int | None = None
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether it is made of the samples of ``bulk_counts``."""
+        return "bulk" in (self.kind, self.control)
 
 
 def parse(name: str) -> TrainSet:

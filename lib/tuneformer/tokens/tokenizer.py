@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import sparse
 
-from tuneformer.data import preprocessing
-from tuneformer.study import paths
+from tuneformer.data import bulk, checkpoint_files, preprocessing
+from tuneformer.study import paths, train_sets
 from tuneformer.study.params import Study, TokensParams
 from tuneformer.study.run import fingerprint
 from tuneformer.tokens.vocabulary import Vocabulary, counts_by_gene, gene_ids
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TIE = 1e-12  # relative: above the rounding of float64 (2e-16), below the smallest step seen in real cells (1e-8)
 CHUNK = 2000  # cells sorted at once
+FEWEST = 0.5  # share of the detected genes of a cell that the vocabulary has to know
 CARRIED = MappingProxyType({"label": "label", "split": "split"})
 
 datasets.disable_progress_bars()  # a bar of the one shard that is written says nothing, and fills notebooks
@@ -138,7 +139,7 @@ def task_vocabulary(settings: Study, cells: "ad.AnnData") -> Vocabulary:
     VocabularyError
         The checkpoint has no vocabulary that can be read, or no median can be fitted.
     """
-    base = Vocabulary.read(paths.checkpoint_dir(settings.checkpoint))
+    base = Vocabulary.read(checkpoint_files.ensure(settings.checkpoint))
     if settings.vocabulary == "checkpoint":
         return base
     return Vocabulary.fit(cells[(cells.obs["split"] == "train").to_numpy()], base)
@@ -152,7 +153,7 @@ def task_length(settings: Study) -> int:
     TokensError
         The checkpoint has no readable ``config.json``, or fewer positions than ``max_length``.
     """
-    config = paths.checkpoint_dir(settings.checkpoint) / "config.json"
+    config = checkpoint_files.ensure(settings.checkpoint) / "config.json"
     try:
         positions = json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"]
     except (OSError, ValueError, KeyError) as error:
@@ -228,13 +229,47 @@ def vocabulary_share(adata: "ad.AnnData", vocabulary: Vocabulary) -> pd.DataFram
     Returns
     -------
     Rows "genes with a count" and "counts"; columns ``in cells``, ``in vocabulary`` and ``share``.
+
+    Raises
+    ------
+    TokensError
+        The cells were tokenized by others.
     """
+    if preprocessing.has_no_counts(adata):
+        msg = (
+            "The cells of this study are tokens already, so there are no counts to rank and nothing to do here; go on "
+            "with 05_finetune_strategies, which reads the tokens as they are."
+        )
+        raise TokensError(msg)
     known = pd.Index(vocabulary.genes["ensembl_id"]).get_indexer(vocabulary.resolve(gene_ids(adata))) >= 0
     per_gene = np.asarray(adata.X.sum(axis=0, dtype=np.float64)).ravel()
     totals = {"genes with a count": per_gene > 0, "counts": per_gene}
     table = pd.DataFrame({name: [values.sum(), values[known].sum()] for name, values in totals.items()}).T.astype(int)
     table.columns = ["in cells", "in vocabulary"]
     return table.assign(share=table["in vocabulary"] / table["in cells"])
+
+
+def refuse_unmapped(adata: "ad.AnnData", vocabulary: Vocabulary) -> None:
+    """Refuse cells of which the vocabulary does not know half of the genes that are detected in a cell.
+
+    Raises
+    ------
+    TokensError
+        It does not. The share is that over all counted genes of all cells together, so that the many genes of an
+        annotation that hardly any cell has do not matter.
+    """
+    known = pd.Index(vocabulary.genes["ensembl_id"]).get_indexer(vocabulary.resolve(gene_ids(adata))) >= 0
+    counts = sparse.csr_matrix(adata.X)
+    detected = np.bincount(counts.indices, weights=counts.data != 0, minlength=adata.n_vars)
+    share = detected[known].sum() / max(detected.sum(), 1)
+    if share < FEWEST:
+        unknown = gene_ids(adata)[~known]
+        msg = (
+            f"The checkpoint knows {share:.0%} of the genes that a cell has, and at least {FEWEST:.0%} are needed (not "
+            f"known: {', '.join(unknown[:3])}); set ensembl_id to the var column with human Ensembl identifiers, or "
+            "copy Geneformer's gene_name_id_dict beside the checkpoint if genes have symbols, or set vocabulary: fit."
+        )
+        raise TokensError(msg)
 
 
 def uncut_lengths(adata: "ad.AnnData", vocabulary: Vocabulary) -> pd.Series:
@@ -317,9 +352,11 @@ def top_genes(
 
 
 def _fingerprint(settings: Study) -> str:
-    checkpoint = Vocabulary.read(paths.checkpoint_dir(settings.checkpoint))
+    checkpoint = Vocabulary.read(checkpoint_files.ensure(settings.checkpoint))
     parts = settings.section(TokensParams), preprocessing.cells_fingerprint(settings), checkpoint.hash
     made = [settings.train_set, settings.seed, settings.train_cells] if paths.is_made(settings) else []
+    if train_sets.parse(settings.train_set).is_bulk:
+        made.append(bulk.source_hash(settings))
     return fingerprint("tokens", *parts, task_length(settings), *made)
 
 

@@ -5,7 +5,6 @@ In: a checkpoint's folder (``vocabulary.parquet``, or Geneformer's official pick
 """
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from numpy._core.multiarray import scalar as numpy_scalar
 from scipy import sparse
 
+from tuneformer.data.pickles import PickleError, read_pickle
 from tuneformer.study import paths
 
 if TYPE_CHECKING:
@@ -112,7 +111,8 @@ class Vocabulary:
 
         Official: ``token_dictionary*.pkl``, ``gene_median_dictionary*.pkl`` and, where there is one,
         ``ensembl_mapping_dict*.pkl`` (Geneformer, Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9). They are
-        read by an unpickler that builds text and numbers only.
+        read by an unpickler that builds text and numbers only (`tuneformer.data.pickles`); below the downloads folder
+        the vocabulary is then kept as ``vocabulary.parquet``.
 
         Raises
         ------
@@ -133,7 +133,10 @@ class Vocabulary:
         genes = genes.rename_axis("ensembl_id").reset_index().sort_values("token_id", ignore_index=True)
         known = set(genes["ensembl_id"])
         aliases = {name: gene for name, gene in mapping.items() if gene in known and name != gene}
-        return cls(genes=genes, specials=specials, aliases=aliases)
+        vocabulary = cls(genes=genes, specials=specials, aliases=aliases)
+        if folder.is_relative_to(paths.DOWNLOADS):
+            vocabulary.write(folder)
+        return vocabulary
 
     def write(self, folder: Path) -> Path:
         """Write ``vocabulary.parquet`` into `folder`, atomically; return its path.
@@ -296,23 +299,6 @@ def nonzero_medians(adata: "ad.AnnData", *, names: pd.Index | None = None) -> pd
     return pd.Series(medians, index=pd.Index(genes[seen], name="ensembl_id"), name="median")
 
 
-class _TableUnpickler(pickle.Unpickler):
-    """Builds dict, str, int, float and numpy scalars, and nothing else."""
-
-    allowed = {  # noqa: RUF012 (read only)
-        ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "scalar"): numpy_scalar,
-        ("numpy._core.multiarray", "scalar"): numpy_scalar,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return one of the allowed constructors; refuse any other without importing it."""
-        if (module, name) not in self.allowed:
-            msg = f"it asks for {module}.{name}, and only text and numbers are read from a pickle"
-            raise pickle.UnpicklingError(msg)
-        return self.allowed[module, name]
-
-
 def read_dictionary(path: Path) -> dict[str, Any]:
     """Read a pickled dictionary of text to text or number, without running anything the file may carry.
 
@@ -321,19 +307,16 @@ def read_dictionary(path: Path) -> dict[str, Any]:
     VocabularyError
         The file holds anything else, or is damaged.
     """
-    advice = "take the file from the checkpoint's own source"
     try:
-        with Path(path).open("rb") as handle:
-            content = _TableUnpickler(handle).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        msg = f"{path} was not read as a dictionary of genes: {error}; {advice}."
-        raise VocabularyError(msg) from error
+        content = read_pickle(path)
+    except PickleError as error:
+        raise VocabularyError(str(error)) from error
     plain = (str, int, float, np.integer, np.floating)
     is_table = isinstance(content, dict) and all(
         isinstance(key, str) and isinstance(value, plain) for key, value in content.items()
     )
     if not is_table:
-        msg = f"{path} is not a dictionary of gene to text or number; {advice}."
+        msg = f"{path} is not a dictionary of gene to text or number; take the file from the checkpoint's own source."
         raise VocabularyError(msg)
     return content
 

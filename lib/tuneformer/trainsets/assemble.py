@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tuneformer.data import preprocessing, splits
+from tuneformer.data import bulk, catalog, preprocessing, splits
 from tuneformer.study import paths, train_sets
 from tuneformer.study.params import Study
-from tuneformer.tokens import tokenizer
+from tuneformer.tokens import official, tokenizer
 from tuneformer.tokens.tokenizer import Tokens
 from tuneformer.tokens.vocabulary import Vocabulary
 from tuneformer.trainsets import mixture, pseudobulk, synthetic
@@ -31,7 +31,7 @@ class TrainCells:
 
     ``cells``: AnnData with ``obs`` label, split, n_counts; the test cells are always the real ones. ``step_cells``: the
     number of cells by which the optimizer steps are counted, where it is not that of the training cells. ``sources``:
-    names of the real cells that made cells were made from; empty for single cells.
+    names of the real cells that made cells were made from; empty for single cells and for bulk samples.
     """
 
     cells: "ad.AnnData"
@@ -41,6 +41,8 @@ class TrainCells:
 
 def prepare_tokens(settings: Study) -> Tokens:
     """Load the tokens of a run's train set, or make and write them if there are none for these very parameters.
+
+    Cells that others tokenized (`tuneformer.tokens.official`) are taken as they are.
 
     Raises
     ------
@@ -55,7 +57,10 @@ def prepare_tokens(settings: Study) -> Tokens:
     cells = preprocessing.prepare_cells(settings)
     made = make_train_cells(settings, cells)
     vocabulary = tokenizer.task_vocabulary(settings, cells)
-    dataset = tokenize(settings, made, vocabulary)
+    if preprocessing.has_no_counts(cells):
+        dataset = official.read_dataset(settings, cells, vocabulary, catalog.source_path(settings))
+    else:
+        dataset = tokenize(settings, made, vocabulary)
     return tokenizer.write_tokens(
         settings, made.cells, vocabulary, dataset, step_cells=made.step_cells, sources=made.sources
     )
@@ -73,9 +78,16 @@ def tokenize(settings: Study, made: TrainCells, vocabulary: Vocabulary) -> datas
     vocabulary
         Of the task. Medians are those of the real training cells for every train set, so that the test cells have the
         same tokens in all of them.
+
+    Raises
+    ------
+    TokensError, VocabularyError
+        As `tuneformer.tokens.tokenizer.tokenize`, or the checkpoint knows too few of the genes.
     """
     longest = tokenizer.task_length(settings)
-    if not made.sources:
+    if settings.vocabulary == "checkpoint":
+        tokenizer.refuse_unmapped(made.cells, vocabulary)
+    if not paths.is_made(settings):
         return tokenizer.tokenize(made.cells, vocabulary, max_length=longest, carry=tokenizer.carried(settings))
     if train_sets.parse(settings.train_set).control != "capped":
         return tokenizer.tokenize(made.cells, vocabulary, max_length=longest)
@@ -100,6 +112,11 @@ def make_train_cells(settings: Study, cells: "ad.AnnData") -> TrainCells:
     those that a run on ``single_cell`` with this seed is trained on. Pseudo-bulk and synthetic train sets are made of
     the training and validation cells together, and one of nine points (`validation_share`) goes to validation, as in
     the bulk thesis; mixtures and ``_boosted`` ones are made of the training cells and keep the real validation cells.
+    With ``bulk`` the points are bulk samples of another experiment, so that nothing of the cells is trained on; of
+    each class one sample of nine, one at least, goes to validation. ``synthetic_<generator>_bulk`` cells are drawn
+    around the means of these samples, with the variation of the untreated training and validation cells; there are as
+    many of each class as it has such cells, spread evenly over its doses, or ``synthetic_cells`` of each class and
+    dose.
 
     Parameters
     ----------
@@ -113,7 +130,7 @@ def make_train_cells(settings: Study, cells: "ad.AnnData") -> TrainCells:
     TrainSetError
         A class is left with fewer than two points, or as the module that makes the cells.
     CellsError
-        `train_cells` cannot be drawn.
+        `train_cells` cannot be drawn, or the bulk samples cannot be used (`tuneformer.data.bulk.load_bulk`).
     """
     said = train_sets.parse(settings.train_set)
     if not paths.is_made(settings):
@@ -134,6 +151,13 @@ def make_train_cells(settings: Study, cells: "ad.AnnData") -> TrainCells:
         steps = _pseudobulk(settings, pool, said)
         n_points = int((_point_split(steps, settings) == "train").sum())
         return TrainCells(whole, n_points, list(pool.obs_names))
+    if said.is_bulk:
+        samples = bulk.load_bulk(settings, cells)
+        points, sources = (samples, []) if said.kind == "bulk" else _around_samples(settings, pool, samples, said)
+        points.obs["member_names"] = ""
+        split = _point_split(points, settings)
+        parts = [(points[(split == name).to_numpy()], name) for name in ("train", "validation")]
+        return TrainCells(_joined([*parts, (real["test"], "test")], cells), None, sources)
     source = real["train"] if said.control == "boosted" else pool
     points = _synthetic(settings, source, said) if said.kind == "synthetic" else _pseudobulk(settings, source, said)
     split = _point_split(points, settings)
@@ -204,15 +228,48 @@ def _synthetic(settings: Study, source: "ad.AnnData", said: train_sets.TrainSet)
     return made
 
 
+def _around_samples(
+    settings: Study, pool: "ad.AnnData", samples: "ad.AnnData", said: train_sets.TrainSet
+) -> tuple["ad.AnnData", list[str]]:
+    """Make synthetic cells around bulk samples; return them and the names of the cells that said how cells vary."""
+    doses = settings.dose_column if settings.dose_column in samples.obs else None
+    stratum = strata(samples, settings.model_copy(update={"dose_column": doses}))
+    reference = mixture.untreated(pool, settings)
+    depth = float(pool.obs["n_counts"][reference].mean())
+    points = synthetic.sample_points(samples, stratum, depth=depth)
+    of_class = points.obs["label"].astype(str)
+    numbers = {}
+    for name, size in pool.obs["label"].value_counts(sort=False).items():
+        own = list(points.obs_names[of_class == name])
+        numbers |= {one: size // len(own) + (place < size % len(own)) for place, one in enumerate(own)}
+    if settings.synthetic_cells is not None:
+        numbers = dict.fromkeys(numbers, settings.synthetic_cells)
+    made = synthetic.generate(
+        pool,
+        strata=stratum,
+        numbers=pd.Series(numbers, dtype=int),
+        generator=said.generator,
+        reference=reference,
+        rank=settings.covariance_rank,
+        rng=np.random.default_rng([settings.seed, 2]),
+        name=settings.train_set,
+        points=points,
+    )
+    return made, list(pool.obs_names[reference])
+
+
 def _point_split(points: "ad.AnnData", settings: Study) -> pd.Series:
     """Give points to train and validation, class by class, at random by the seed of the run."""
     rng = np.random.default_rng([settings.seed, 4])
     split = pd.Series("train", index=points.obs_names)
     for label, rows in points.obs.groupby("label", observed=False):
         if len(rows) < 2:
+            remedy = "choose a smaller k, or give the class more cells"
+            if settings.train_set == "bulk":
+                remedy = "add a sample, or draw cells around the one (synthetic_nb_bulk)"
             msg = (
                 f"{settings.train_set}: class {label!r} has {len(rows)} points, and training and validation need one "
-                "each; choose a smaller k, or give the class more cells."
+                f"each; {remedy}."
             )
             raise TrainSetError(msg)
         n_validation = max(1, round(settings.validation_share * len(rows)))

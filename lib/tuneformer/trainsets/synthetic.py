@@ -122,6 +122,30 @@ def bulk_points(cells: ad.AnnData, strata: pd.Series) -> ad.AnnData:
     return ad.AnnData(means, obs=obs, var=cells.var)
 
 
+def sample_points(samples: ad.AnnData, strata: pd.Series, *, depth: float) -> ad.AnnData:
+    """Make one bulk point of each stratum from real bulk samples: the mean of the shares of its samples, times `depth`.
+
+    How many cells are in a sample is not known, so the point is brought to the depth of a cell; the replicates of a
+    stratum count the same, however deeply each was sequenced.
+
+    Parameters
+    ----------
+    samples
+        As `tuneformer.data.bulk.load_bulk` makes them.
+    strata
+        Stratum of each sample, (samples,).
+    depth
+        Total count of a point, such as the mean of single cells.
+
+    Returns
+    -------
+    As `bulk_points`; members is the number of samples.
+    """
+    totals = np.asarray(samples.X.sum(axis=1)).ravel()
+    scaled = sparse.csr_matrix(sparse.diags_array(depth / totals) @ samples.X)
+    return bulk_points(ad.AnnData(scaled, obs=samples.obs, var=samples.var), strata)
+
+
 def generate(
     cells: ad.AnnData,
     *,
@@ -132,6 +156,7 @@ def generate(
     rank: int,
     rng: np.random.Generator,
     name: str,
+    points: ad.AnnData | None = None,
 ) -> ad.AnnData:
     """Make synthetic cells of each stratum.
 
@@ -140,7 +165,7 @@ def generate(
     cells
         Single cells from which everything is estimated (never test cells): raw counts in ``X``; ``obs["label"]``.
     strata
-        Stratum of each cell, (cells,).
+        Stratum of each cell, (cells,); not read with `points` and `reference`.
     numbers
         Stratum to number of synthetic cells.
     generator
@@ -153,6 +178,8 @@ def generate(
         Of all draws.
     name
         Cells are named ``<name>_00001`` and so on.
+    points
+        Bulk points to draw around, as `sample_points` makes them; None takes those of `cells` (`bulk_points`).
 
     Returns
     -------
@@ -166,7 +193,8 @@ def generate(
         than two cells say how cells vary, or cells without any count are drawn again and again.
     """
     _check(generator, rank, numbers)
-    points = bulk_points(cells, strata)
+    if points is None:
+        points = bulk_points(cells, strata)
     wanted = numbers[numbers > 0]
     shared = None
     if reference is not None:
