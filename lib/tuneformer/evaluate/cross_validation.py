@@ -174,6 +174,8 @@ def _scores(metrics: pd.DataFrame) -> pd.DataFrame:
 
 def _pooled(predictions: pd.DataFrame) -> dict[tuple[str, ...], list[pd.DataFrame]]:
     """Return, by task, train set and strategy, the predictions of each seed that finished all folds of the task."""
+    if "fold" not in predictions:
+        return {}
     rows = predictions[predictions["fold"].notna()]
     rows = rows.astype(dict.fromkeys((*RUN, "cell", "label", "predicted"), str))
     folds = rows.groupby("task")["fold"].unique()

@@ -20,9 +20,9 @@ from pygments.formatters import HtmlFormatter
 
 import tuneformer
 from tuneformer.evaluate import cross_validation, statistics, trainset_effects
-from tuneformer.report import records
+from tuneformer.report import other_kinds, records
 from tuneformer.study import paths
-from tuneformer.study.params import ParameterError, load_study
+from tuneformer.study.params import ParameterError, Study, load_study
 
 CAPTIONS = {
     "fig1": "Accuracy and macro-F1 on the test cells, per strategy and task. Small points are seeds, diamonds their "
@@ -130,8 +130,10 @@ def build(study: str) -> Path:
     ParameterError
         A study with results cannot be used.
     """
-    records.read_metrics(study)
-    known = sorted(path.parent.name for path in paths.RESULTS.glob("*/metrics.csv"))
+    if load_study(study).kind == "cells":
+        records.read_metrics(study)
+    tables = other_kinds.TABLES.values()
+    known = sorted({path.parent.name for path in paths.RESULTS.glob("*/*.csv") if path.name in tables})
     for name in known:
         if not (paths.PARAMS / f"{name}.yaml").is_file():
             msg = f"results/{name} belongs to no study: restore params/{name}.yaml, or delete results/{name}."
@@ -200,7 +202,40 @@ class _Converter:
 
 def _section(site: Path, study: str, convert: _Converter) -> dict[str, Any]:
     """Copy a study's files into the site and return what the template shows of it."""
-    settings, metrics = load_study(study), records.read_metrics(study)
+    settings = load_study(study)
+    folder = site / "results" / study
+    folder.mkdir(parents=True)
+    numbers = other_kinds.table_path(settings)
+    shutil.copyfile(numbers, folder / numbers.name)
+    return {
+        "name": study,
+        "question": settings.question,
+        "simulated": settings.simulated,
+        "demo_checkpoint": settings.checkpoint == "demo",
+        "figures": _figures(site, study),
+        "metrics": f"results/{study}/{numbers.name}",
+        **(_on_grid(settings) if settings.kind == "cells" else _on_notebook(settings)),
+        **_notebook_links(site, study, convert, simulated=settings.simulated),
+    }
+
+
+def _on_notebook(settings: Study) -> dict[str, Any]:
+    """Return what the template shows of a study that is one notebook."""
+    found = other_kinds.summary(settings)
+    return {
+        "headline": found.headline,
+        "answers": [(settings.kind, " ".join(found.sentences))],
+        "effects": [],
+        "what": "Every method" if settings.kind == "genes" else "Every variant",
+        "columns": list(found.table.columns),
+        "tables": [(settings.task, found.table.astype(str).to_numpy().tolist())],
+        "finished": f"{len(found.table)} rows.",
+    }
+
+
+def _on_grid(settings: Study) -> dict[str, Any]:
+    """Return what the template shows of the runs of a study."""
+    study, metrics = settings.study, records.read_metrics(settings.study)
     table = statistics.answer_table(metrics)
     shown = statistics.readable(table)
     tables = [(task, rows.drop(columns="Task").to_numpy().tolist()) for task, rows in shown.groupby("Task", sort=False)]
@@ -209,25 +244,15 @@ def _section(site: Path, study: str, convert: _Converter) -> dict[str, Any]:
     if settings.folds:
         said = cross_validation.sentences(metrics, records.read_predictions(study))
         answers = {task: " ".join(said.get(task, [text])) for task, text in answers.items()}
-    links = _notebook_links(site, study, convert, simulated=settings.simulated)
-    folder = site / "results" / study
-    folder.mkdir(parents=True)
-    shutil.copyfile(paths.results_dir(study) / "metrics.csv", folder / "metrics.csv")
     runs, failed = int(table["runs"].sum()), int(table["failed"].sum())
     return {
-        "name": study,
-        "question": settings.question,
-        "simulated": settings.simulated,
-        "demo_checkpoint": settings.checkpoint == "demo",
         "headline": statistics.headline(judged),
         "answers": list(answers.items()),
         "effects": list(trainset_effects.sentences(metrics).items()),
-        "figures": _figures(site, study),
+        "what": "Every strategy, best first",
         "columns": [column for column in shown.columns if column != "Task"],
         "tables": tables,
         "finished": f"{runs} runs, {failed} of them failed." if failed else f"{runs} runs, none failed.",
-        "metrics": f"results/{study}/metrics.csv",
-        **links,
     }
 
 
