@@ -11,7 +11,7 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 ENV := .venv/complete
 export OMP_NUM_THREADS = 1
-export DATA LABEL
+export DATA LABEL  # own_data.yaml reads them
 
 .PHONY: report plan test check lint lab bench
 .DELETE_ON_ERROR:

@@ -8,6 +8,7 @@ import sys
 from tuneformer.study import grid, paths, train_sets
 from tuneformer.study.params import NAME_PATTERN, CellsParams, TokensParams, TrainingParams, TrainSetParams, load_study
 from tuneformer.study.run import WHOLE_STUDY, checkpoint_hash, executed_path, fingerprint
+from tuneformer.tokens.official import is_tokenized
 
 BATCH = config.get("study", grid.DEFAULT)
 ASKED = grid.batch(BATCH)
@@ -67,9 +68,10 @@ def checkpoint(wildcards):
 
 
 def own_file(wildcards):
-    """Return the h5ad file of a study of own cells; a file that is missing is explained by the notebook."""
-    path = part_of(wildcards).path
-    return [file for file in [path and paths.user_path(path)] if file and file.is_file()]
+    """Return the files, or folder, of a study of own cells; one that is missing is explained by the notebook."""
+    settings = part_of(wildcards)
+    files = [paths.user_path(written) for written in (settings.path, settings.obs_table) if written]
+    return [file for file in files if file.exists()]
 
 
 def records(study=None):
@@ -81,7 +83,8 @@ def records(study=None):
 
 def cells_of(wildcards):
     """Return what a run reads: tokens of single cells are made by notebook 02, those of made cells by each run."""
-    pattern = TOKENS if wildcards.train_set == "single_cell" else paths.cells_path(PATTERN)
+    is_ours = wildcards.train_set == "single_cell" and not is_tokenized(part_of(wildcards))
+    pattern = TOKENS if is_ours else paths.cells_path(PATTERN)
     return str(pattern).format(**wildcards)
 
 

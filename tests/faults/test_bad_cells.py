@@ -125,19 +125,22 @@ def test_a_gene_twice(cells, prepare):
     assert refusal(preprocessing.check_cells, cells, settings).startswith(f"The gene identifier '{GENES[0]}' stands 20")
 
 
-def test_versions_of_the_same_gene(cells, prepare):
-    cells.var["ensembl_id"] = [f"{GENES[0]}.1", f"{GENES[0]}.2", *GENES[2:]]
-    assert refusal(prepare, cells) == (
-        f"cells.h5ad: var: {GENES[0]}.1 and {GENES[0]}.2 are the same gene without their version (such genes: 1); sum "
-        "the counts of each or keep one version."
-    )
-
-
 @pytest.mark.parametrize(("key", "column"), [("label", "cell_type"), ("select_column", "Donor"), ("group_by", "well")])
 def test_an_obs_column_that_is_not_there(cells, prepare, key, column):
     message = refusal(prepare, cells, **{key: column})
     assert message.startswith(f"{key}: the cells have no obs column {column!r}; ")
     assert "; choose one of: celltype, donor" in message
+
+
+def test_cells_without_any_column_as_in_a_10x_file(cells, prepare, tmp_path):
+    labels = cells.obs[["celltype"]].copy()
+    cells.obs = cells.obs[[]]
+    assert refusal(prepare, cells) == (
+        "label: the cells have no obs column 'celltype'; as they have none at all, set obs_table to a csv or tsv with "
+        "one, cell names in the first column."
+    )
+    labels.to_csv(tmp_path / "labels.csv")
+    assert prepare(cells, obs_table=str(tmp_path / "labels.csv")).n_obs == 60
 
 
 def test_a_misspelt_column_gets_a_hint(cells, prepare):
@@ -183,6 +186,58 @@ def test_one_class_only(cells, prepare):
     )
 
 
+def test_mouse_genes(cells, prepare):
+    advice = (
+        ", and Geneformer knows human genes only; replace them by their one-to-one human orthologs (Ensembl BioMart "
+        "lists them) and drop the others."
+    )
+    mouse = [f"ENSMUSG{number:011d}" for number in range(20)]
+    cells.var = pd.DataFrame({"ensembl_id": mouse}, index=mouse)
+    assert refusal(prepare, cells) == f"The genes are those of mouse (such as {mouse[0]}){advice}"
+    names = ["Gapdh", "mt-Nd1", *(f"Abc{number}" for number in range(18))]
+    cells.var = pd.DataFrame(index=names)
+    assert refusal(prepare, cells) == f"The genes are those of mouse or rat (such as Gapdh){advice}"
+
+
+def test_a_label_that_measures_or_names_cells(cells, prepare):
+    cells.obs["celltype"] = np.linspace(0, 1, 60)
+    assert refusal(prepare, cells) == (
+        "label: obs column 'celltype' has 60 different values for 60 cells, so it measures or names cells and holds no "
+        "classes; set label to a column with few classes, or name them in classes."
+    )
+
+
+def test_a_label_variable_that_is_not_set(cells, prepare, monkeypatch):
+    monkeypatch.setenv("LABEL", "")
+    message = refusal(prepare, cells, label="$LABEL")
+    assert message == (
+        "label: $LABEL needs the variable LABEL, which is not set; say it to make, as in make report STUDY=own_data "
+        "DATA=cells.h5ad LABEL=celltype, or write the whole name into the params file."
+    )
+    monkeypatch.setenv("LABEL", "celltype")
+    assert prepare(cells, label="$LABEL").obs["label"].nunique() == 2
+
+
+def test_normalised_cells_where_counts_are_looked_for(cells, prepare):
+    cells.X = np.log1p(cells.X)
+    assert refusal(prepare, cells, counts="auto") == (
+        "cells.h5ad has no raw counts in X: there are values that are no whole numbers, as after normalisation; give "
+        "the cells before that, or fractional_counts: true where counts are fractions by their protocol."
+    )
+
+
+def test_fractions_that_are_asked_for(cells, prepare):
+    assert "X holds negative values" in refusal(prepare, with_value(cells.copy(), -2.5), fractional_counts=True)
+    assert prepare(with_value(cells, 2.5), fractional_counts=True)["cell3", GENES[5]].X[0, 0] == 2.5
+
+
+def test_classes_that_are_all_too_small(cells, prepare):
+    message = refusal(prepare, cells, min_class_cells=31)
+    assert message == (
+        "min_class_cells: no class of obs column 'celltype' has 31 cells (the largest has 30); set it to less."
+    )
+
+
 def test_labels_that_are_all_missing(cells, prepare):
     cells.obs["celltype"] = pd.Categorical([None] * 60, categories=["T"])
     assert refusal(prepare, cells).startswith("Quality control drops all 60 cells, 60 of them by label")
@@ -217,11 +272,6 @@ def test_a_variable_that_is_not_set(monkeypatch):
         "path: $TUNEFORMER_DATA/pbmc_facs_raw.h5ad needs the variable TUNEFORMER_DATA, which is not set; type export "
         "TUNEFORMER_DATA=/folder/of/the/data before you start, or write the whole path into the params file."
     )
-
-
-def test_sciplex2_cannot_be_downloaded_yet():
-    message = refusal(catalog.load_cells, load_study("tiny", dataset="sciplex2"))
-    assert message.startswith("dataset: sciplex2 cannot be downloaded yet; get ")
 
 
 def test_a_file_that_is_no_h5ad(tmp_path):

@@ -28,6 +28,19 @@ def cells():
     return ad.AnnData(sparse.csr_matrix(counts), obs=obs, var=var)
 
 
+def test_small_classes_are_left_out_and_named(settings):
+    labels = ["a"] * 5 + ["b"] * 4 + ["c"] * 3
+    obs = pd.DataFrame({"treatment": labels}, index=[f"c{number}" for number in range(12)])
+    cells = ad.AnnData(sparse.csr_matrix(np.ones((12, 1))), obs=obs)
+    asked = settings.model_copy(update={"classes": [], "min_class_cells": 4})
+    selected = preprocessing.select_task_cells(cells, asked)
+    assert list(selected.obs["label"].cat.categories) == ["a", "b"]
+    assert selected.uns["recognised"] == {"classes left out": "1 of less than 4 cells: c"}
+    named = preprocessing.select_task_cells(cells, asked.model_copy(update={"classes": ["c", "a"]}))
+    assert list(named.obs["label"].cat.categories) == ["c", "a"]
+    assert "recognised" not in named.uns
+
+
 def test_each_rule_flags_its_cells(cells, settings):
     flags = preprocessing.qc_flags(cells, settings)
     assert flags["n_counts"].tolist() == [25, 9, 101, 25, 5, 40]

@@ -1,13 +1,17 @@
-"""Readers: raw counts out of an h5ad wherever they are, gene identifiers, and the PBMC that scanpy carries."""
+"""Readers: raw counts wherever they are and in whatever file, gene identifiers, and the PBMC that scanpy carries."""
+
+import gzip
+import pickle
 
 import anndata as ad
+import datasets
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import sparse
+from scipy import io, sparse
 
-from tuneformer.data import catalog, readers
+from tuneformer.data import catalog, gene_symbols, readers
 from tuneformer.data.readers import CellsError
 from tuneformer.study.params import load_study
 
@@ -148,8 +152,276 @@ def test_a_path_is_expanded_and_relative_to_the_repository(cells, tmp_path, monk
     (tmp_path / "somewhere").mkdir()
     cells.write_h5ad(tmp_path / "somewhere" / "cells.h5ad")
     for path in ("somewhere/cells.h5ad", "$MY_CELLS/cells.h5ad", "${MY_CELLS}/cells.h5ad"):
-        assert catalog.own_path(load_study_in(path)) == tmp_path / "somewhere" / "cells.h5ad"
+        assert catalog.source_path(load_study_in(path)) == tmp_path / "somewhere" / "cells.h5ad"
 
 
 def load_study_in(path):
     return load_study("pbmc68k").model_copy(update={"dataset": "own", "path": path})
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Read a file as own cells; `files` are written beside a checkpoint that maps symbols, if there are any."""
+
+    def read_own(path, *, names=None, **changes):
+        checkpoint = tmp_path / "checkpoint"
+        checkpoint.mkdir(exist_ok=True)
+        if names is not None:
+            (checkpoint / "gene_name_id_dict_gc30M.pkl").write_bytes(pickle.dumps(names))
+        fixed = {"dataset": "own", "path": str(path), "counts": "auto", "checkpoint": str(checkpoint)}
+        return readers.read_own(load_study("pbmc68k").model_copy(update=fixed | changes), path)
+
+    return read_own
+
+
+PLACES = {"counts": 'layers["counts"]', "raw": "raw", "X": "X"}
+
+
+@pytest.mark.parametrize(
+    "holds", [("counts", "raw", "X"), ("raw", "X"), ("X",), ("counts",), ("raw",), ("counts", "X")]
+)
+def test_auto_takes_the_first_place_that_holds_counts(cells, read, holds):
+    values = {place: np.log1p(COUNTS) for place in PLACES} | {
+        place: COUNTS + number for number, place in enumerate(PLACES) if place in holds
+    }
+    cells.raw = ad.AnnData(sparse.csr_matrix(values["raw"]), obs=cells.obs, var=cells.var)
+    cells.X = sparse.csr_matrix(values["X"])
+    cells.layers["counts"] = sparse.csr_matrix(values["counts"])
+    adata = read(cells, counts="auto")
+    np.testing.assert_array_equal(adata.X.toarray(), values[holds[0]])
+    assert adata.uns["recognised"]["counts"] == {"counts": "layers['counts']"}.get(holds[0], holds[0])
+
+
+@pytest.mark.parametrize("wrong", [np.log1p(COUNTS), -COUNTS, COUNTS * np.nan, np.zeros_like(COUNTS)])
+def test_auto_refuses_a_file_without_counts(cells, read, wrong):
+    cells.X = sparse.csr_matrix(wrong)
+    with pytest.raises(CellsError, match=r"^cells.h5ad has no raw counts in X: .* no whole numbers, .*give the cells"):
+        read(cells, counts="auto")
+    cells.layers["umi"] = sparse.csr_matrix(COUNTS)
+    with pytest.raises(CellsError, match=r"set counts to the layer that has them \(umi\)"):
+        read(cells, counts="auto")
+
+
+@pytest.mark.parametrize("column", ["gene_ids", "ensembl", "id"])
+def test_ensembl_identifiers_are_found_in_any_column(cells, read, column):
+    versions = [f"{name}.{number}" for number, name in enumerate(IDS, start=1)]
+    cells.var = pd.DataFrame({"chromosome": ["1", "2", "3"], column: versions}, index=["TP53", "MT-ND1", "ACTB"])
+    adata = read(cells)
+    assert list(adata.var["ensembl_id"]) == IDS
+    assert list(adata.var["symbol"]) == ["TP53", "MT-ND1", "ACTB"]
+    assert adata.uns["recognised"]["gene identifiers"] == f"Ensembl identifiers in var[{column!r}]"
+
+
+def test_ensembl_identifiers_in_the_index_go_before_other_columns(cells, read):
+    cells.var = pd.DataFrame(
+        {"mouse": [f"ENSMUSG0000000000{n}" for n in range(3)], "feature_name": list("ABC")}, index=IDS
+    )
+    adata = read(cells)
+    assert list(adata.var["ensembl_id"]) == IDS
+    assert list(adata.var["symbol"]) == ["A", "B", "C"]
+
+
+def test_versions_of_one_gene_are_summed_and_counted(cells, read):
+    cells.var["ensembl_id"] = [f"{IDS[0]}.1", f"{IDS[0]}.2_PAR_Y", IDS[2]]
+    adata = read(cells)
+    np.testing.assert_array_equal(adata.X.toarray(), np.column_stack([COUNTS[:, :2].sum(axis=1), COUNTS[:, 2]]))
+    assert list(adata.var["ensembl_id"]) == [IDS[0], IDS[2]]
+    assert adata.uns["recognised"]["genes summed"] == "1, which have the identifier of another one"
+
+
+def test_symbols_are_mapped_by_the_dictionary_of_the_checkpoint(cells, own, tmp_path):
+    cells.var = pd.DataFrame(index=["TP53", "c1orf5", "LOST"])
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    adata = own(tmp_path / "cells.h5ad", names={"TP53": IDS[0], "C1orf5": IDS[1], "ACTB": IDS[2]})
+    assert list(adata.var["ensembl_id"]) == [IDS[0], IDS[1], "LOST"]
+    assert list(adata.var["symbol"]) == ["TP53", "c1orf5", "LOST"]
+    np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
+    assert adata.uns["recognised"]["gene identifiers"] == "gene symbols in the index of var"
+    assert adata.uns["recognised"]["symbols mapped"] == "2 of 3 to Ensembl identifiers"
+
+
+def test_symbols_of_one_gene_are_summed(cells, own, tmp_path):
+    cells.var = pd.DataFrame(index=["TP53", "P53", "ACTB"])
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    adata = own(tmp_path / "cells.h5ad", names={"TP53": IDS[0], "P53": IDS[0], "ACTB": IDS[2]})
+    np.testing.assert_array_equal(adata.X.toarray(), np.column_stack([COUNTS[:, :2].sum(axis=1), COUNTS[:, 2]]))
+    assert adata.uns["recognised"]["genes summed"].startswith("1, which")
+
+
+def test_without_a_dictionary_symbols_are_the_identifiers(cells, own, tmp_path):
+    cells.var = pd.DataFrame(index=["TP53", "MT-ND1", "ACTB"])
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    assert list(own(tmp_path / "cells.h5ad").var["ensembl_id"]) == ["TP53", "MT-ND1", "ACTB"]
+
+
+def test_ensembl_identifiers_are_not_looked_up(cells, own, tmp_path):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    adata = own(tmp_path / "cells.h5ad", names={"TP53": "ENSG00000000009"})
+    assert list(adata.var["ensembl_id"]) == IDS
+
+
+def test_to_ensembl_says_what_it_found(tmp_path):
+    (tmp_path / "gene_name_id_dict_gc104M.pkl").write_bytes(pickle.dumps({"A1BG": IDS[0], "C2orf1": IDS[1]}))
+    ids, report = gene_symbols.to_ensembl(["A1BG", "C2ORF1", "a1bg", IDS[2], "?"], tmp_path)
+    assert list(ids) == [IDS[0], IDS[1], IDS[0], IDS[2], "?"]
+    assert report == gene_symbols.SymbolReport(given=5, mapped=3, already=1)
+    with pytest.raises(FileNotFoundError, match="has no gene_name_id_dict"):
+        gene_symbols.to_ensembl(["A1BG"], tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("ids", "symbols", "species"),
+    [
+        (["ENSMUSG00000000001", "ENSMUSG00000000002.3"], ["A", "B"], ("mouse", "ENSMUSG00000000001")),
+        (["ENSRNOG00000000001", "ENSRNOG00000000002"], ["A", "B"], ("another species", "ENSRNOG00000000001")),
+        (["Gapdh", "mt-Nd1", "Actb"], ["Gapdh", "mt-Nd1", "Actb"], ("mouse or rat", "Gapdh")),
+        (["ENSG00000000001", "ENSMUSG00000000002"], ["A", "B"], None),
+        (IDS, ["Gapdh", "mt-Nd1", "Actb"], None),
+        (["GAPDH", "C1orf5", "HLA-A"], ["GAPDH", "C1orf5", "HLA-A"], None),
+        (["SIMG00000000001", "SIMG00000000002"], ["SIM1", "MT-SIM2"], None),
+        ([], [], None),
+    ],
+)
+def test_the_species_is_recognised(ids, symbols, species):
+    assert gene_symbols.foreign_species(ids, symbols) == species
+
+
+def write_10x_folder(folder, *, features="features.tsv", zipped=True, types=("Gene Expression",) * 3):
+    """Write what Cell Ranger writes: genes x cells, 1-based; before version 3 `genes.tsv`, plain and without types."""
+    folder.mkdir()
+    columns = (
+        [IDS, ["TP53", "MT-ND1", "ACTB"], types] if features == "features.tsv" else [IDS, ["TP53", "MT-ND1", "ACTB"]]
+    )
+    table = "".join("\t".join(line) + "\n" for line in zip(*columns, strict=True))
+    io.mmwrite(folder / "m.mtx", sparse.coo_matrix(COUNTS.T.astype(int)))
+    texts = {features: table, "barcodes.tsv": "AA-1\nCC-1\nGG-1\n", "matrix.mtx": (folder / "m.mtx").read_text()}
+    (folder / "m.mtx").unlink()
+    for name, text in texts.items():
+        if zipped:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (folder / name).write_text(text)
+    return folder
+
+
+def write_10x_h5(path):
+    """Write the layout of Cell Ranger 3: a CSC of features x barcodes in the group matrix."""
+    stored = sparse.csc_matrix(COUNTS.T.astype(np.int32))
+    with h5py.File(path, "w") as file:
+        matrix = file.create_group("matrix")
+        for name, values in {"data": stored.data, "indices": stored.indices, "indptr": stored.indptr}.items():
+            matrix[name] = values
+        matrix["shape"] = np.array(stored.shape)
+        matrix["barcodes"] = np.array([b"AA-1", b"CC-1", b"GG-1"])
+        features = matrix.create_group("features")
+        features["id"] = np.array([name.encode() for name in IDS])
+        features["name"] = np.array([b"TP53", b"TP53", b"ACTB"])  # symbols need not be unique
+        features["feature_type"] = np.array([b"Gene Expression"] * 2 + [b"Antibody Capture"])
+        features["genome"] = np.array([b"GRCh38"] * 3)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("features", "zipped"), [("features.tsv", True), ("features.tsv", False), ("genes.tsv", False)]
+)
+def test_a_10x_folder_is_recognised(own, tmp_path, features, zipped):
+    adata = own(write_10x_folder(tmp_path / "filtered", features=features, zipped=zipped))
+    np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
+    assert isinstance(adata.X, sparse.csr_matrix)
+    assert list(adata.obs_names) == ["AA-1", "CC-1", "GG-1"]
+    assert list(adata.var["ensembl_id"]) == IDS
+    assert list(adata.var["symbol"]) == ["TP53", "MT-ND1", "ACTB"]
+    assert adata.uns["recognised"]["file"] == "10x folder"
+
+
+def test_a_10x_h5_is_recognised_and_only_its_genes_are_taken(own, tmp_path):
+    adata = own(write_10x_h5(tmp_path / "filtered.h5"))
+    np.testing.assert_array_equal(adata.X.toarray(), COUNTS[:, :2])
+    assert list(adata.var["ensembl_id"]) == IDS[:2]
+    assert list(adata.var["symbol"]) == ["TP53", "TP53"]
+    assert list(adata.obs_names) == ["AA-1", "CC-1", "GG-1"]
+    assert adata.uns["recognised"] == {
+        "file": "10x h5",
+        "counts": "its matrix",
+        "gene identifiers": "Ensembl identifiers in the index of features",
+    }
+
+
+def test_faulty_10x_data_are_refused(own, tmp_path):
+    folder = write_10x_folder(tmp_path / "filtered", types=("Peaks",) * 3)
+    with pytest.raises(CellsError, match="has no features of the type Gene Expression"):
+        own(folder)
+    (folder / "barcodes.tsv.gz").write_bytes(gzip.compress(b"AA-1\n"))
+    with pytest.raises(CellsError, match="the matrix has 3 features and 3 barcodes, but the tables list 3 and 1"):
+        own(folder)
+    (folder / "matrix.mtx.gz").write_bytes(b"no gzip")
+    with pytest.raises(CellsError, match="could not be read as 10x data"):
+        own(folder)
+    (folder / "features.tsv.gz").unlink()
+    with pytest.raises(CellsError, match=r"has no features.tsv or genes.tsv \(or .gz\); set path to"):
+        own(folder)
+    with pytest.raises(CellsError, match="has no counts in 'raw', but one matrix"):
+        own(folder, counts="raw")
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.tsv", "labels.tsv.gz"])
+def test_labels_of_a_10x_file_come_from_a_table(own, tmp_path, name):
+    table = pd.DataFrame({"celltype": ["T", "B", "T"]}, index=pd.Index(["GG-1", "AA-1", "TT-1"], name="barcode"))
+    table.to_csv(tmp_path / name, sep="\t" if "tsv" in name else ",")
+    adata = own(write_10x_folder(tmp_path / "filtered"), obs_table=str(tmp_path / name))
+    assert adata.obs["celltype"].fillna("none").to_dict() == {"AA-1": "B", "CC-1": "none", "GG-1": "T"}
+    assert adata.uns["recognised"]["cell table"] == f"2 cells are in {name}"
+
+
+def test_a_table_that_does_not_fit_is_refused(own, tmp_path):
+    folder, path = write_10x_folder(tmp_path / "filtered"), tmp_path / "labels.csv"
+    path.write_text("barcode,celltype\nAA,B\n")
+    with pytest.raises(
+        CellsError, match=r"names cells like 'AA', those of the data like 'AA-1'; make the names the same"
+    ):
+        own(folder, obs_table=str(path))
+    path.write_text("barcode,celltype\nAA-1,B\nAA-1,T\n")
+    with pytest.raises(CellsError, match="names the cell 'AA-1' more than once"):
+        own(folder, obs_table=str(path))
+    path.write_text("")
+    with pytest.raises(CellsError, match="could not be read as a table"):
+        own(folder, obs_table=str(path))
+    with pytest.raises(CellsError, match=r"obs_table: .*nowhere.csv does not exist"):
+        own(folder, obs_table=str(tmp_path / "nowhere.csv"))
+
+
+def test_the_hash_of_own_cells_follows_every_file(own, tmp_path):
+    folder, table = write_10x_folder(tmp_path / "filtered", zipped=False), tmp_path / "labels.csv"
+    own(folder)
+    settings = load_study("pbmc68k").model_copy(
+        update={"dataset": "own", "path": str(folder), "checkpoint": str(tmp_path / "checkpoint")}
+    )
+    with_table = settings.model_copy(update={"obs_table": str(table)})
+    table.write_text("barcode,celltype\nAA-1,B\n")
+    hashes = [readers.own_hash(settings, folder), readers.own_hash(with_table, folder)]
+    table.write_text("barcode,celltype\nAA-1,T\n")
+    hashes.append(readers.own_hash(with_table, folder))
+    (folder / "barcodes.tsv").write_text("AA-1\nCC-1\nTT-1\n")
+    hashes.append(readers.own_hash(settings, folder))
+    own(folder, names={"TP53": IDS[0]})
+    hashes.append(readers.own_hash(settings, folder))
+    assert len(set(hashes)) == 5
+
+
+def test_a_tokenized_data_set_has_labels_but_no_counts(own, tmp_path):
+    features = datasets.Features(
+        {
+            "input_ids": datasets.Sequence(datasets.Value("int64")),
+            "disease": datasets.ClassLabel(names=["nf", "dcm"]),
+            "individual": datasets.Value("string"),
+        }
+    )
+    rows = {"input_ids": [[2, 3], [4]], "disease": [1, 0], "individual": ["p1", "p2"]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "heart.dataset")
+    adata = own(tmp_path / "heart.dataset")
+    assert adata.shape == (2, 0)
+    assert adata.obs.to_dict("list") == {"disease": ["dcm", "nf"], "individual": ["p1", "p2"], "length": [2, 1]}
+    assert list(adata.obs_names) == ["row0", "row1"]
+    datasets.Dataset.from_dict({"disease": [1]}).save_to_disk(tmp_path / "no.dataset")
+    with pytest.raises(CellsError, match="it needs one table with a column input_ids"):
+        own(tmp_path / "no.dataset")

@@ -227,6 +227,21 @@ def test_the_share_in_the_vocabulary_counts_genes_and_counts(small):
     assert table.loc["counts"].tolist() == [27, 18, 18 / 27]
 
 
+def test_cells_of_which_half_the_detected_genes_are_unknown_are_refused():
+    vocabulary = make_vocabulary({"GENE0": 1, "GENE1": 1})
+    cells = make_cells([[9, 1, 1, 0], [0, 1, 0, 1], [5, 0, 0, 0]], genes=["GENE0", "GENE1", "x", "y"])
+    tokenizer.refuse_unmapped(cells, vocabulary)  # 4 of 6, however many counts they have
+    tokenizer.refuse_unmapped(make_cells([[1, 1, 0, 0], [0, 0, 1, 1]], genes=["GENE0", "GENE1", "x", "y"]), vocabulary)
+    strange = make_cells([[9, 0, 1, 0], [0, 0, 0, 1]], genes=["GENE0", "GENE1", "x", "y"])
+    with pytest.raises(TokensError) as caught:
+        tokenizer.refuse_unmapped(strange, vocabulary)
+    assert str(caught.value) == (
+        "The checkpoint knows 33% of the genes that a cell has, and at least 50% are needed (not known: x, y); set "
+        "ensembl_id to the var column with human Ensembl identifiers, or copy Geneformer's gene_name_id_dict beside "
+        "the checkpoint if genes have symbols, or set vocabulary: fit."
+    )
+
+
 def test_lengths_before_the_cut_are_told_by_class_in_their_order(small):
     cells, vocabulary, _ = small
     assert uncut_lengths(cells, vocabulary).to_dict() == dict(zip(cells.obs_names, [13, 4, 4, 4, 4, 4], strict=True))

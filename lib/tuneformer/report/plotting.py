@@ -107,6 +107,8 @@ def qc_violins(flags: pd.DataFrame, labels: pd.Series, settings: Study) -> Figur
     settings
         The study, for the limits and for whether the cells are simulated.
     """
+    if flags["n_counts"].isna().all():
+        return _without_counts()
     known = list(settings.classes) or sorted(labels.dropna().astype(str).unique())
     text = labels.astype(object).map(str, na_action="ignore").fillna("no label")
     shown = text.where(text.isin([*known, "no label"]), "other class")
@@ -142,6 +144,8 @@ def qc_scatter(flags: pd.DataFrame, settings: Study) -> Figure:
     settings
         The study, for whether the cells are simulated.
     """
+    if flags["n_counts"].isna().all():
+        return _without_counts()
     rules = flags.select_dtypes(bool)
     first = rules.idxmax(axis=1).where(rules.any(axis=1), "kept")
     panels = _measured(flags, {"n_genes": "Genes with a count", "mito_share": "Mitochondrial share of the counts"})
@@ -379,6 +383,13 @@ def save_figures(drawings: Mapping[str, Drawing], study: str) -> list[str]:
     """Write several figures of a study with `save_figure`; return the files' paths below the repository."""
     files = [save_figure(drawing.figure, drawing.data, study, name) for name, drawing in drawings.items()]
     return [f"figures/{study}/{file.name}" for trio in files for file in trio]
+
+
+def _without_counts() -> Figure:
+    """Say in place of a figure that the cells are tokens already."""
+    figure = plt.figure(figsize=(5, 0.6))
+    figure.text(0.01, 0.5, "A tokenized data set has no counts to draw.", va="center")
+    return figure
 
 
 def _measured(flags: pd.DataFrame, panels: Mapping[str, str]) -> dict[str, str]:
