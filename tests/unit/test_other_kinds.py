@@ -26,8 +26,8 @@ def test_genes_are_told_apart_only_where_the_interval_says_so(monkeypatch):
     headline, said = genes(monkeypatch, answers)
     assert headline.startswith("2 of 3 methods clearly tell the classes apart")
     assert said[0] == (
-        "Of the strategies full has the highest AUC over genes, 0.700 (0.600 to 0.800); of the baselines, which see one "
-        f"row a gene, {baseline}, 0.600 (0.550 to 0.650)."
+        "Of the strategies full has the highest AUC over genes, 0.700 (0.600 to 0.800); of the baselines, which see "
+        f"one row a gene, {baseline}, 0.600 (0.550 to 0.650)."
     )
     assert "the AUC of full is 0.650 ± 0.020 over folds" in said[1]
     assert "0.500 to 0.500" in said[2]

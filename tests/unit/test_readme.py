@@ -48,7 +48,7 @@ def test_a_study_on_train_sets_with_results_follows_the_answer(elsewhere):
     paragraph = text[text.index(question) :]
     assert "(simulated" in question
     assert "- `drugs`: Trained on pseudo-bulk (sum) instead of single cells, " in paragraph
-    assert "[Figure](figures/demo_pseudobulk/fig4_drugs_against_k.png)" in paragraph
+    assert "[Figure](figures/demo_pseudobulk/fig4_drug_5class_against_k.png)" in paragraph
     for absent in ("demo_synthetic", "demo_mixture"):
         assert absent not in text
     before = (elsewhere / "README.md").read_bytes()
@@ -61,8 +61,8 @@ def test_the_readme_keeps_to_the_main_findings(elsewhere, monkeypatch):
     monkeypatch.setattr(readme.trainset_effects, "sentences", lambda _: findings)
     readme.update()
     text = (elsewhere / "README.md").read_text()
-    assert "- `drugs`: Finding 0. Finding 1.\n" in text
-    assert "Finding 2" not in text
+    assert "- `drugs`: Finding 0. Finding 1. Finding 2.\n" in text
+    assert "Finding 3" not in text
 
 
 def test_a_study_that_is_not_in_the_readme_leaves_it_as_it_is(elsewhere):

@@ -1,7 +1,7 @@
 """The answer in the README, written from the results of the demo studies, so that no number in it is typed by hand.
 
-In: ``results/<study>/metrics.csv`` of ``demo`` and, where they are there, of the studies of `TRAINED_ON`. Out: the part
-of ``README.md`` between the two answer marks, replaced.
+In: ``results/<study>/metrics.csv`` of ``demo`` and, where they are there, the results of the studies of `FOLLOWING`.
+Out: the part of ``README.md`` between the two answer marks, replaced.
 """
 
 import argparse
@@ -10,25 +10,31 @@ import sys
 
 import pandas as pd
 
-from tuneformer.evaluate import comparisons, statistics, trainset_effects
-from tuneformer.report import records
+from tuneformer.evaluate import comparisons, cross_validation, statistics, trainset_effects
+from tuneformer.report import other_kinds, records
 from tuneformer.study import paths
 from tuneformer.study.params import load_study
 
 STUDY = "demo"
-TRAINED_ON = {
+FOLLOWING = {
     "demo_pseudobulk": "fig4_{}_against_k",
     "demo_synthetic": "fig6_{}_per_class",
     "demo_mixture": "fig6_{}_per_class",
+    "demo_bulk": "fig6_{}_per_class",
     "demo_learning_curve": "fig9_{}_learning_curve",
+    "demo_pancreas": "fig11_{}_class_accuracy",
+    "demo_pancreas_technology": "fig11_{}_class_accuracy",
+    "demo_gene_dosage": "fig1_auc",
+    "demo_gene_dosage_null": "fig1_auc",
+    "demo_compress": "fig1_pareto",
 }
-"""Simulated studies on what the model is trained on, and the figure of each that the README links to."""
+"""Simulated studies whose main findings follow the answer, and the figure of each that the README links to."""
 MARK = " *"
 NOTE = (
     r"\* cannot be told apart from the best of its column: test cells and seeds drawn again, corrected for the number "
     "of pairs. With few seeds little can be told apart."
 )
-FINDINGS = 2  # sentences of a task: the first ones are its main findings
+FINDINGS = 3  # sentences of a task: the first ones are its main findings
 BEGIN, END = "<!-- answer: begin -->", "<!-- answer: end -->"
 
 
@@ -87,21 +93,27 @@ def answer(metrics: pd.DataFrame, predictions: pd.DataFrame) -> str:
     return "\n".join([lines[0], "", *lines[1:], "", *grid, "", NOTE, "", figure])
 
 
-def trained_on(study: str, metrics: pd.DataFrame) -> str:
-    """Return the main findings of a study on train sets as Markdown: its question, sentences per task, and a link.
+def findings(study: str) -> str:
+    """Return the main findings of a study as Markdown: its question, sentences per task, and a link.
 
     Parameters
     ----------
     study
-        A key of `TRAINED_ON`.
-    metrics
-        Rows of its ``metrics.csv``.
+        A key of `FOLLOWING`; it has results.
     """
-    found = trainset_effects.sentences(metrics)
+    settings = load_study(study)
+    table = other_kinds.table_path(settings)
+    if settings.kind != "cells":
+        said = other_kinds.summary(settings)
+        found = {settings.task: [said.headline, *said.sentences]}
+    elif settings.folds:
+        found = cross_validation.sentences(records.read_metrics(study), records.read_predictions(study))
+    else:
+        found = trainset_effects.sentences(records.read_metrics(study))
     lines = [f"- `{task}`: {' '.join(texts[:FINDINGS])}" for task, texts in found.items()]
-    figure = f"figures/{study}/{TRAINED_ON[study].format(metrics['task'].iloc[0])}.png"
-    end = f"[Figure]({figure}) · [numbers](results/{study}/metrics.csv) · `make report STUDY={study}`"
-    return "\n".join([f"**{load_study(study).question}**", "", *lines, "", end])
+    figure = f"figures/{study}/{FOLLOWING[study].format(settings.tasks[0])}.png"
+    end = f"[Figure]({figure}) · [numbers](results/{study}/{table.name}) · `make report STUDY={study}`"
+    return "\n".join([f"**{settings.question}**", "", *lines, "", end])
 
 
 def block() -> str:
@@ -113,9 +125,7 @@ def block() -> str:
         The demo study has no results.
     """
     parts = [answer(records.read_metrics(STUDY), records.read_predictions(STUDY))]
-    for study in TRAINED_ON:
-        if (paths.results_dir(study) / "metrics.csv").is_file():
-            parts.append(trained_on(study, records.read_metrics(study)))
+    parts += [findings(study) for study in FOLLOWING if other_kinds.table_path(load_study(study)).is_file()]
     return "\n\n".join(parts)
 
 
@@ -143,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the README's answer after a study of it has run; end with 2 and one sentence when that cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m tuneformer.report.readme", description=main.__doc__)
     parser.add_argument("study", help="the study that has run; one that is not in the README leaves it as it is")
-    if parser.parse_args(arguments).study not in (STUDY, *TRAINED_ON):
+    if parser.parse_args(arguments).study not in (STUDY, *FOLLOWING):
         return 0
     try:
         update()
