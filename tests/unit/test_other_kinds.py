@@ -50,3 +50,9 @@ def test_the_committed_tables_have_a_section_of_the_page(study, tmp_path, monkey
     assert found.headline in page
     assert (tmp_path / "site" / "results" / study / other_kinds.TABLES[settings.kind]).is_file()
     assert f"figures/{study}/fig1" in page
+
+
+def test_their_figures_have_captions_of_their_own():
+    for study in ("demo_compress", "demo_gene_dosage"):
+        for file in (paths.FIGURES / study).glob("*.png"):
+            assert html._caption(file.stem) == html.CAPTIONS_BY_NAME[file.stem]
