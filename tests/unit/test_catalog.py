@@ -422,7 +422,7 @@ def test_every_entry_says_whose_it_is_and_where(name):
 
 def test_the_command_fetches_what_a_study_needs(server, serve, screen, tmp_path, monkeypatch, capsys):
     serve("sciplex2", harmonised(screen, tmp_path))
-    monkeypatch.setattr("tuneformer.study.params.load_study", lambda _: load_study("tiny", dataset="sciplex2"))
+    monkeypatch.setattr("tuneformer.study.grid.batch", lambda _: [load_study("tiny", dataset="sciplex2")])
     assert download.main(["anything"]) == 0
     assert (paths.DOWNLOADS / "sciplex2" / "SrivatsanTrapnell2020_sciplex2.h5ad").is_file()
     assert "complete and checked" in capsys.readouterr().err
@@ -430,6 +430,14 @@ def test_the_command_fetches_what_a_study_needs(server, serve, screen, tmp_path,
     server.files.clear()
     assert download.main(["anything"]) == 2
     assert "was not found (the server answered 404)" in capsys.readouterr().err
+
+
+def test_the_default_batch_needs_no_network_and_own_data_are_looked_for_first(monkeypatch, capsys):
+    monkeypatch.setattr(download, "fetch", lambda remote: pytest.fail(f"fetches {remote.name}"))
+    assert download.main(["default"]) == 0
+    monkeypatch.setenv("DATA", "/nowhere/cells.h5ad")
+    assert download.main(["own_data"]) == 2
+    assert "path: /nowhere/cells.h5ad does not exist" in capsys.readouterr().err
 
 
 # the side files of sci-Plex 2, which are real

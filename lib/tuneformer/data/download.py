@@ -530,15 +530,18 @@ def _say(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fetch what a study needs: its checkpoint, its cells, its list of genes."""
+    """Fetch what a study needs: its checkpoint, its cells, its list of genes; say so if a file of yours is missing."""
     from tuneformer.data import catalog  # which knows the files of a study, and imports this module
-    from tuneformer.study.params import load_study
+    from tuneformer.study import grid
 
     parser = argparse.ArgumentParser(prog="python -m tuneformer.data.download", description=main.__doc__)
-    parser.add_argument("study", help="name of a file in params/, without .yaml")
+    parser.add_argument("batch", help="name of a file in params/, without .yaml; or default, or all")
     try:
-        for remote in catalog.needed(load_study(parser.parse_args(arguments).study)):
-            fetch(remote)
+        studies = {run.study: run for run in grid.batch(parser.parse_args(arguments).batch)}
+        for settings in studies.values():
+            catalog.source_path(settings)
+            for remote in catalog.needed(settings):
+                fetch(remote)
     except (CellsError, ParameterError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -52,8 +52,8 @@ CAPTIONS = {
     "cells of all folds together, and their average.",
 }
 CAPTIONS_BY_NAME = {
-    "fig1_auc": "How well genes of two classes are told apart, by token as published and by gene: models blue, the "
-    "baselines that see one row a gene orange, with the 95 % interval over genes; grey is the same with permuted classes.",
+    "fig1_auc": "How well genes of two classes are told apart, by token as published and by gene: models blue, "
+    "baselines that see one row a gene orange, with the 95 % interval over genes; grey: with permuted classes.",
     "fig2_roc": "True and false positive rate of genes, by token and by gene: mean over folds and seeds, and one "
     "standard deviation around it.",
     "fig3_confusion": "What became of the genes of each class, over all folds, at a threshold that the training genes "
