@@ -64,7 +64,7 @@ def interval(values: Iterable[float], *, overlap: float = 0.0) -> Interval:
     if n == 1:
         return Interval(mean, np.nan, np.nan, np.nan, n)
     sd = float(values.std(ddof=1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd * np.sqrt(1 / n + overlap)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / np.sqrt(n / (1 + n * overlap))
     return Interval(mean, sd, float(mean - half), float(mean + half), n)
 
 
