@@ -5,11 +5,11 @@ In: the device, precision and threads of a study. Out: the resolved device and p
 
 import ctypes
 import functools
-import resource
 import sys
 
 import torch
 
+from tuneformer.finetune import deployed
 from tuneformer.study.params import ParameterError, Study
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
@@ -65,8 +65,7 @@ def prepare(settings: Study) -> None:
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return ``peak_memory_mb`` of the whole process and, on a GPU, ``peak_gpu_memory_mb`` since `prepare`."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB on Linux
-    peaks = {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6}
+    peaks = {"peak_memory_mb": deployed.peak_memory()}
     if device.type == "cuda":
         peaks["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
     return peaks
