@@ -217,3 +217,13 @@ def test_baselines_have_a_colour_of_their_own(results):
     assert not any("Orange" in text for text in texts(plotting.strategy_scores(results, simulated=True).figure))
     colors = {line.get_color() for line in figure.axes[0].lines}
     assert colors == {plotting.PALETTE[0], plotting.PALETTE[1], plotting.CONTROL}
+
+
+def test_of_many_confusion_matrices_only_those_that_matter_are_drawn(results):
+    rows = results[(results["task"] == "drugs") & (results["strategy"] == "full")]
+    more = [rows.assign(strategy=f"full_batch{size}") for size in range(1, 14)]
+    many = pd.concat([results[results["task"] == "drugs"], *more])
+    is_best = (many["strategy"] == "full_batch7") & (many["metric"] == "macro_f1")
+    many.loc[is_best, "value"] = 2.0
+    figure = plotting.confusion_matrices(many, simulated=True)["fig2_confusion_drugs"].figure
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["full_batch7", "full", "random_init"]

@@ -27,6 +27,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX<>"
 CONTROL = "#777777"
 COST_NAMES = {"cost:wall_seconds": "Training time (s)", "cost:trainable_parameters": "Trainable parameters"}
+MOST_PANELS = 12  # confusion matrices of a task side by side
 PANEL_COLUMNS = 3
 WIDE = 100  # ratio of costs above which an axis shows powers of ten only
 
@@ -287,10 +288,12 @@ def strategy_scores(metrics: pd.DataFrame, *, simulated: bool) -> Drawing:
 def confusion_matrices(metrics: pd.DataFrame, *, simulated: bool) -> dict[str, Drawing]:
     """Draw, for each task, the row-normalised confusion matrices of its strategies side by side.
 
+    Of more than `MOST_PANELS` arms only these: the best, the first, the control and the linear baseline.
+
     Parameters
     ----------
     metrics
-        Rows of ``metrics.csv``; the counts of the seeds are added up.
+        Rows of ``metrics.csv``; the counts of the seeds, and of folds, are added up.
     simulated
         Whether the title has to say that the cells are simulated.
 
@@ -305,6 +308,11 @@ def confusion_matrices(metrics: pd.DataFrame, *, simulated: bool) -> dict[str, D
         tables = {arm: table for arm, table in tables.items() if not table.empty}
         if not tables:
             continue
+        if len(tables) > MOST_PANELS:
+            scores = rows[(rows["metric"] == "macro_f1") & ~rows["strategy"].isin(BASELINES)]
+            best = scores.groupby("arm")["value"].mean().idxmax()
+            chosen = [best, next(iter(tables)), statistics.CONTROL, statistics.LINEAR]
+            tables = {arm: tables[arm] for arm in dict.fromkeys(chosen) if arm in tables}
         title = titled(f"{task}: what became of the test cells of each class", simulated=simulated)
         drawings[f"fig2_confusion_{task}"] = _confusion_panels(tables, title)
     return drawings
