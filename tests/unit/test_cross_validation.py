@@ -227,7 +227,7 @@ def test_sentences_hold_treatments_against_the_first_and_count_rare_cells(study)
 def test_treatments_that_are_alike_are_not_clearly_different_and_baselines_stand_beside():
     metrics, predictions = made_up(arms=("full", "selective", "majority"), accuracy=(0.8, 0.8, 0.3))
     against, baselines, rare = cv.sentences(metrics, predictions)["types"]
-    assert against.endswith("macro-F1 is not clearly different with 1.")
+    assert against.endswith("macro-F1 is not clearly different with selective.")
     assert "the best baseline is majority" in baselines
     assert "the best baseline, majority," in rare
 

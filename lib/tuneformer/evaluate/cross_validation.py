@@ -21,6 +21,7 @@ from tuneformer.study.treatments import BASELINES
 
 MACRO = "macro average"
 RUN = ("task", "train_set", "strategy")
+FEW = 3  # treatments are named
 RARE = 50  # cells of a class, over all folds
 ROC_POINTS = 200  # of the curve of a class
 
@@ -251,7 +252,8 @@ def _against_first(wide: pd.DataFrame, arms: list[str]) -> list[str]:
         for how, part in groups.items()
         if len(part)
     ]
-    rest = f"{'the other ' if clear.any() else ''}{(~clear).sum()}"
+    alike = list(pairs["a"][~clear])
+    rest = ", ".join(alike) if len(alike) <= FEW else f"the other {len(alike)}"
     parts += [f"not clearly different with {rest}"] if (~clear).any() else []
     folds, score = pairs["folds"].iloc[0], pairs["score_b"].iloc[0]
     return [f"Beside {first}, {score:.3f} over {folds} folds, macro-F1 is {'; '.join(parts)}."]
