@@ -67,6 +67,12 @@ def checkpoint(wildcards):
     return checkpoint_hash(part_of(wildcards).checkpoint)
 
 
+def model_of(wildcards):
+    """Return the options that name the one model of a study of compression; a study of genes has several."""
+    run = part_of(wildcards)
+    return f"--strategy {run.strategies[0]} --seed {run.seeds[0]}" if run.kind == "compression" else ""
+
+
 def own_file(wildcards):
     """Return the files, or folder, of a study of own cells; one that is missing is explained by the notebook."""
     settings = part_of(wildcards)
@@ -232,13 +238,14 @@ rule whole_study:
         touch(paths.task_dir(PATTERN) / "{notebook}.done"),
     params:
         asked=asked,
+        model=model_of,
         fingerprint=lambda wildcards: fingerprint(part_of(wildcards).model_dump()),
         checkpoint=checkpoint,
     log:
         paths.task_dir(PATTERN) / "{notebook}.ipynb",
     threads: workflow.cores
     shell:
-        "{RUN} {wildcards.notebook} {params.asked}"
+        "{RUN} {wildcards.notebook} {params.asked} {params.model}"
 
 
 rule leakage:

@@ -15,7 +15,7 @@ from tuneformer.study import paths
 from tuneformer.study.params import load_study
 from tuneformer.tokens.vocabulary import Vocabulary
 
-SCORED = (0, 0)  # sensitive and insensitive factors in at least 5 of 1,000 blood cells
+SCORED = (63, 178)  # sensitive and insensitive factors in at least 5 of 1,000 blood cells
 
 pytestmark = pytest.mark.skipif(
     "TUNEFORMER_DATA" not in os.environ, reason="TUNEFORMER_DATA names no folder of real data"

@@ -7,7 +7,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, recall_score, roc_auc_score, roc_curve
 
 from tuneformer.evaluate import cross_validation as cv
-from tuneformer.evaluate.comparisons import holm, resampled_t_test
+from tuneformer.evaluate.comparisons import compare_tasks, holm, resampled_t_test
 
 CLASSES = np.array(["alpha", "beta", "t_cell"])
 N = 300
@@ -234,3 +234,14 @@ def test_treatments_that_are_alike_are_not_clearly_different_and_baselines_stand
 
 def test_one_treatment_has_nothing_to_be_compared_with():
     assert cv.sentences(*made_up(arms=("full",), accuracy=(0.9,))) == {}
+
+
+def test_an_arm_that_failed_in_a_fold_stops_neither_sentences_nor_comparisons(study):
+    lost = {"strategy": "full", "seed": 0, "fold": 2}
+    metrics, predictions = (rows[~(rows[list(lost)] == pd.Series(lost)).all(axis=1)] for rows in made_up(seeds=(0,)))
+    text = " ".join(cv.sentences(metrics, predictions)["types"])
+    assert "Beside full" in text
+    assert "nan" not in text
+    only_lora = compare_tasks(predictions.assign(fingerprint=""), samples=20)
+    assert only_lora.empty
+    assert len(compare_tasks(made_up()[1].assign(fingerprint=""), samples=20)) == 2  # accuracy and macro-F1

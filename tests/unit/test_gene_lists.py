@@ -214,7 +214,7 @@ def test_base_expression_and_number_of_programs_do_not_tell_the_class(what):
 
 def test_sensitive_programs_are_as_active_in_the_demo_cells_as_the_others():
     rng = np.random.default_rng(0)
-    activity = simulate._type_activity(simulate.CELL_LINE)
+    activity = simulate.cell_type_activity(simulate.CELL_LINE)
     drawn = np.array([activity[simulate_genes._sensitive_programs(rng)].mean() for _ in range(400)])
     free = np.array([activity[rng.choice(60, 15, replace=False)].mean() for _ in range(400)])
     assert drawn.mean() == pytest.approx(activity.mean(), abs=4 * drawn.std() / 20)

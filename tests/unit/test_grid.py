@@ -47,7 +47,9 @@ def test_the_default_batch_has_the_main_study_and_a_part_of_the_others(study, tm
     sides = "tasks: [easy, hard]\ntrain_sets: [single_cell, pseudobulk_k2_sum]\nstrategies: [full]\nbaselines: []\n"
     sides += "seeds: [4, 5]\n"
     study(f"{sides}quick_train_sets: [pseudobulk_k2_sum]\n")
-    assert [run.study for run in grid.batch("all")] == ["demo"] * 5 + ["mine"] * 8
+    (tmp_path / "demo_more.yaml").write_text("strategies: [full]\nbaselines: []\nseeds: [0]\n")
+    (tmp_path / "demo_made.yaml").write_text("pretrain_output: somewhere\n")
+    assert [run.study for run in grid.batch("all")] == ["demo"] * 5 + ["demo_more"]
     default = grid.batch("default")
     assert [run.study for run in default] == ["demo"] * 5 + ["mine"]
     assert (default[-1].task, default[-1].train_set, default[-1].seed) == ("easy", "pseudobulk_k2_sum", 4)

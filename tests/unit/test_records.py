@@ -156,6 +156,12 @@ def test_a_run_that_is_not_made_again_keeps_its_results_while_they_hold(study, m
     assert not records.still_holds(record, study.model_copy(update={"learning_rate": 0.5}))
     del record["parameters"]["lora_alpha"]  # as if the key had been new since
     assert records.still_holds(record, study)
+    assert not records.still_holds(record, study.model_copy(update={"lora_alpha": 2 * study.lora_alpha}))
+    folded = study.model_copy(update={"folds": 5, "fold": 0})
+    of_fold = record | {"parameters": record["parameters"] | {"folds": 5, "fold": 0}}
+    assert records.still_holds(of_fold, folded)
+    assert not records.still_holds(of_fold, folded.model_copy(update={"folds": 10}))
+    assert not records.still_holds(record, folded)
     monkeypatch.setattr(records, "checkpoint_hash", lambda _: "other weights")
     assert len(records.collect("tiny")["fingerprint"].unique()) == len(grid.runs("tiny")) - 1
 

@@ -17,7 +17,7 @@ def test_counts_have_the_stated_mean_and_variance():
     n_cells, library, mito = 4000, 3000.0, 0.1
     rng = np.random.default_rng(1)
     activity = np.zeros((n_cells, simulate.N_PROGRAMS))
-    counts = simulate._draw_counts(universe, activity, np.full(n_cells, library), np.full(n_cells, mito), rng).toarray()
+    counts = simulate.draw_counts(universe, activity, np.full(n_cells, library), np.full(n_cells, mito), rng).toarray()
     rate = np.exp(universe.base)
     nuclear = np.arange(simulate.N_GENES) < simulate.N_GENES - simulate.N_MITO
     share = np.where(nuclear, (1 - mito) * rate / rate[nuclear].sum(), mito * rate / rate[~nuclear].sum())
@@ -93,6 +93,6 @@ def test_corpus_shares_genes_but_no_cell_and_no_type_with_the_demo(cells):
     assert (corpus.var_names == cells.var_names).all()
     rows = {row.tobytes() for row in cells.X.toarray()}
     assert not any(row.tobytes() in rows for row in corpus.X.toarray())
-    demo_type = simulate._type_activity(simulate.CELL_LINE)
-    assert all(not np.allclose(demo_type, simulate._type_activity(number)) for number in range(300))
+    demo_type = simulate.cell_type_activity(simulate.CELL_LINE)
+    assert all(not np.allclose(demo_type, simulate.cell_type_activity(number)) for number in range(300))
     assert corpus.obs["cell_type"].nunique() == 10

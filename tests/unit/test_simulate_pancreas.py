@@ -84,7 +84,7 @@ def test_types_of_a_lineage_are_closer_than_others():
     distance = np.linalg.norm(activity[:, None] - activity[None], axis=2)
     same = lineage[:, None] == lineage
     assert distance[same & ~np.eye(14, dtype=bool)].max() < distance[~same].min()
-    corpus = np.stack([simulate._type_activity(number) for number in range(300)])
+    corpus = np.stack([simulate.cell_type_activity(number) for number in range(300)])
     assert np.linalg.norm(activity[:, None] - corpus, axis=2).min() > 2
 
 

@@ -286,3 +286,12 @@ def test_both_intervals_of_the_mean_stand_side_by_side():
     assert table.loc[("t", "full"), "bootstrap interval"] == f"{drawn.low:.3f} to {drawn.high:.3f}"
     assert table.loc[("t", "full"), ["runs", "mean", "sd"]].to_list() == [3, 0.6, 0.1]
     assert table.loc[("t", "alone"), ["runs", "t interval"]].to_list() == [1, "-"]
+
+
+def test_arms_that_share_a_seed_but_no_fold_are_not_compared():
+    rows = folds({"full": [0.7, 0.72], "random_init": [0.5, 0.52]}, n_train=80, n_test=20)
+    rows = rows[(rows["strategy"] == "full") == (rows["fold"] == 0)]
+    rows = rows.assign(task="t", train_set="single_cell", metric="macro_f1", fingerprint=[f"f{n}" for n in range(2)])
+    table = statistics.answer_table(rows).set_index("strategy")
+    assert np.isnan(table.loc["full", "gain"])
+    assert statistics.verdicts(rows)["second"].isna().all()

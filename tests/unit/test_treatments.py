@@ -50,7 +50,8 @@ def test_the_name_replaces_what_the_study_says():
     assert (run.strategy, run.base_strategy) == ("selective_freeze1_batch4_focal", "selective")
     assert (run.freeze_layers, run.batch_size, run.loss, run.sampling) == (1, 4, "focal", "all")
     plain = load_study("tiny")
-    assert run.treated("full").strategy == "full"
+    with pytest.raises(ParameterError, match="full would inherit what selective_freeze1_batch4_focal sets"):
+        run.treated("full")
     assert plain.treated("selective_freeze1_batch4_focal").freeze_layers == run.freeze_layers
 
 

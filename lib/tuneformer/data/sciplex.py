@@ -69,7 +69,8 @@ def read_harmonised(path: Path, settings: Study) -> ad.AnnData:
     if "top_oligo" not in obs:
         parts = [_column(obs, name, path).astype(object) for name in ("perturbation", "dose_value", "well")]
         known = pd.concat(parts, axis=1).notna().all(axis=1) & (parts[0] != "control")
-        drug, dose, well = (part.astype(str) for part in parts)
+        drug, _, well = (part.astype(str) for part in parts)
+        dose = pd.to_numeric(parts[1], errors="coerce").map("{:g}".format)
         obs["top_oligo"] = (drug + "_" + dose + "_" + well).where(known)
     design, kept = label_cells(obs, settings, path)
     obs = pd.concat([design, obs[[name for name in obs if name not in design]]], axis=1)

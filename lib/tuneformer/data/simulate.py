@@ -150,7 +150,7 @@ def simulate_sciplex2(n_cells: int, *, seed: int) -> ad.AnnData:
     universe = make_universe()
     rng = np.random.default_rng([seed, 2])
     wells = _make_wells()
-    effects = _drug_effects()
+    effects = drug_effects()
     viability = _viability(wells)
     well_of = rng.choice(len(wells), size=n_cells, p=viability / viability.sum())
     wells_of_cells = wells.iloc[well_of]
@@ -163,7 +163,7 @@ def simulate_sciplex2(n_cells: int, *, seed: int) -> ad.AnnData:
     response = rng.gamma(RESPONSE_SHAPE, 1 / RESPONSE_SHAPE, n_cells)
     drug_index = wells_of_cells["drug_index"].to_numpy()
     hill = wells_of_cells["hill"].to_numpy()
-    activity = _type_activity(CELL_LINE) + _cell_variation(n_cells, rng) + well_program[well_of]
+    activity = cell_type_activity(CELL_LINE) + cell_variation(n_cells, rng) + well_program[well_of]
     activity += (response * hill)[:, None] * effects[drug_index]
 
     log_library = rng.normal(np.log(LIBRARY_MEDIAN), LIBRARY_SD, n_cells) + well_library[well_of]
@@ -175,7 +175,7 @@ def simulate_sciplex2(n_cells: int, *, seed: int) -> ad.AnnData:
     damaged = quality > 1 - DAMAGED
     mito_share[damaged] = rng.beta(*DAMAGED_BETA, damaged.sum())
 
-    counts = _draw_counts(universe, activity, library, mito_share, rng, gene_shift=well_gene, shift_of=well_of)
+    counts = draw_counts(universe, activity, library, mito_share, rng, gene_shift=well_gene, shift_of=well_of)
     obs = _obs(wells_of_cells, unlabelled=rng.uniform(size=n_cells) < UNLABELLED)
     truth = {
         "seed": seed,
@@ -214,14 +214,14 @@ def simulate_corpus(n_cells: int, *, n_types: int, seed: int) -> ad.AnnData:
     universe = make_universe()
     rng = np.random.default_rng([seed, 1])
     cell_type = rng.integers(n_types, size=n_cells)
-    types = np.stack([_type_activity(number) for number in range(n_types)])
+    types = np.stack([cell_type_activity(number) for number in range(n_types)])
     parts = []
     for start in range(0, n_cells, 2000):
         part = cell_type[start : start + 2000]
-        activity = types[part] + _cell_variation(len(part), rng)
+        activity = types[part] + cell_variation(len(part), rng)
         library = np.exp(rng.normal(np.log(LIBRARY_MEDIAN), LIBRARY_SD, len(part)))
         mito_share = rng.beta(*MITO_BETA, len(part))
-        parts.append(_draw_counts(universe, activity, library, mito_share, rng))
+        parts.append(draw_counts(universe, activity, library, mito_share, rng))
     obs = pd.DataFrame({"cell_type": pd.Categorical([f"type{number}" for number in cell_type])})
     obs.index = [f"corpus{number}" for number in range(n_cells)]
     return ad.AnnData(sparse.vstack(parts, format="csr"), obs=obs, var=universe.var)
@@ -266,7 +266,7 @@ def _hill(dose: float, half: float, steepness: float) -> float:
     return dose**steepness / (dose**steepness + half**steepness)
 
 
-def _drug_effects() -> np.ndarray:
+def drug_effects() -> np.ndarray:
     """Draw which programs each drug moves, and up or down; (drugs, programs). The same for every seed."""
     rng = np.random.default_rng([UNIVERSE_SEED, 3])
     effects = np.zeros((len(DRUGS), N_PROGRAMS))
@@ -276,13 +276,13 @@ def _drug_effects() -> np.ndarray:
     return effects
 
 
-def _type_activity(number: int) -> np.ndarray:
+def cell_type_activity(number: int) -> np.ndarray:
     """Draw the program activities of cell type `number`, (programs,)."""
     rng = np.random.default_rng([UNIVERSE_SEED, 4, number + 1])
     return rng.normal(0, TYPE_SD, N_PROGRAMS) * (rng.uniform(size=N_PROGRAMS) < TYPE_SHARE)
 
 
-def _cell_variation(n_cells: int, rng: np.random.Generator) -> np.ndarray:
+def cell_variation(n_cells: int, rng: np.random.Generator) -> np.ndarray:
     """Draw how cells of one type differ: (cells, programs). Programs 0 and 1 follow the cell cycle."""
     variation = rng.normal(0, CELL_SD, (n_cells, N_PROGRAMS))
     phase = rng.uniform(0, 2 * np.pi, n_cells)
@@ -291,7 +291,7 @@ def _cell_variation(n_cells: int, rng: np.random.Generator) -> np.ndarray:
     return variation
 
 
-def _draw_counts(
+def draw_counts(
     universe: Universe,
     activity: np.ndarray,
     library: np.ndarray,

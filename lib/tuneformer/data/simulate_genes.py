@@ -64,8 +64,8 @@ def simulate_gene_classes(*, seed: int, null: bool) -> pd.Series:
 
 def _sensitive_programs(rng: np.random.Generator) -> np.ndarray:
     """Draw one of each four programs that are alike in how they behave in the demo cells."""
-    activity = simulate._type_activity(simulate.CELL_LINE)
-    moves = np.abs(simulate._drug_effects()).sum(axis=0) > 0
+    activity = simulate.cell_type_activity(simulate.CELL_LINE)
+    moves = np.abs(simulate.drug_effects()).sum(axis=0) > 0
     moves[:2] = True  # the cell cycle
     groups = np.lexsort((activity, moves)).reshape(-1, NEIGHBOURS)
     return groups[np.arange(len(groups)), rng.integers(NEIGHBOURS, size=len(groups))]

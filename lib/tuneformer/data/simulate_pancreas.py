@@ -113,12 +113,12 @@ def simulate_pancreas(n_cells: int, *, seed: int) -> ad.AnnData:
     table = cell_numbers(n_cells)  # (types, technologies)
     place = rng.permutation(np.repeat(np.arange(table.size), table.to_numpy().ravel()))
     type_of, technology_of = np.divmod(place, len(TECHNOLOGIES))
-    activity = type_activity()[type_of] + simulate._cell_variation(n_cells, rng)
+    activity = type_activity()[type_of] + simulate.cell_variation(n_cells, rng)
     gene_effects, kept = _technology_effects()
     depth = np.array([technology.depth for technology in TECHNOLOGIES])[technology_of]
     library = depth * np.exp(rng.normal(0, simulate.LIBRARY_SD, n_cells))
     mito_share = rng.beta(*simulate.MITO_BETA, n_cells)
-    counts = simulate._draw_counts(
+    counts = simulate.draw_counts(
         universe, activity, library, mito_share, rng, gene_shift=gene_effects, shift_of=technology_of
     )
     full_length = np.array([technology.full_length for technology in TECHNOLOGIES])
@@ -169,8 +169,8 @@ def cell_numbers(n_cells: int) -> pd.DataFrame:
 def type_activity() -> np.ndarray:
     """Return the mean activity of the programs in each type, (types, programs)."""
     lineages = list(dict.fromkeys(one.lineage for one in TYPES))
-    shared = np.stack([simulate._type_activity(FIRST_TYPE + number) for number in range(len(lineages))])
-    own = np.stack([simulate._type_activity(FIRST_TYPE + len(lineages) + number) for number in range(len(TYPES))])
+    shared = np.stack([simulate.cell_type_activity(FIRST_TYPE + number) for number in range(len(lineages))])
+    own = np.stack([simulate.cell_type_activity(FIRST_TYPE + len(lineages) + number) for number in range(len(TYPES))])
     return LINEAGE_SCALE * shared[[lineages.index(one.lineage) for one in TYPES]] + TYPE_SCALE * own
 
 

@@ -399,7 +399,10 @@ def _tasks(predictions: pd.DataFrame) -> Iterator[tuple[str, dict[str, dict[int,
     for task, of_task in rows.groupby("task", sort=False, observed=True):
         classes = np.unique(of_task[["label", "predicted"]])
         runs: dict[str, dict[int, pd.DataFrame]] = {}
+        folds = of_task["fold"].nunique() if "fold" in of_task else 0
         for (arm, seed), run in of_task.groupby(["arm", "seed"], sort=False):
+            if folds and run["fold"].nunique() < folds:  # a failed fold leaves its arm and seed without some cells
+                continue
             chosen = run["predicted"].to_numpy()[:, None] == classes  # (cells, classes)
             table = pd.DataFrame(chosen.astype(float), columns=PROBABILITY + classes.astype(object))
             runs.setdefault(arm, {})[seed] = table.assign(cell=run["cell"].to_numpy(), label=run["label"].to_numpy())

@@ -241,6 +241,9 @@ def sentences(metrics: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, lis
 def _against_first(wide: pd.DataFrame, arms: list[str]) -> list[str]:
     first, *others = arms
     pairs = pd.DataFrame([_compare_pair(wide, arm, first) for arm in others])
+    pairs = pairs[pairs["folds"] > 1].reset_index(drop=True)
+    if pairs.empty:
+        return []
     pairs["p_holm"] = holm(pairs["p"])
     clear = pairs["p_holm"] < LEVEL
     groups = {
@@ -263,7 +266,7 @@ def _on_baselines(rows: pd.DataFrame) -> list[str]:
     means = rows.groupby("arm")["value"].mean()
     baselines = means[means.index.isin(BASELINES)]
     tuned = means.drop(baselines.index)
-    if baselines.empty:
+    if baselines.empty or tuned.empty:
         return []
     best, name = tuned.idxmax(), baselines.idxmax()
     return [
@@ -274,6 +277,9 @@ def _on_baselines(rows: pd.DataFrame) -> list[str]:
 def _on_rare(classes: pd.DataFrame, task: str, arms: list[str]) -> list[str]:
     rare = classes[(classes["task"] == task) & (classes["cells"] < RARE)]
     if rare.empty:
+        return []
+    arms = [arm for arm in arms if arm in set(rare["arm"])]  # one whose run failed in a fold has no pooled accuracy
+    if not arms:
         return []
     right = (rare["accuracy"] * rare["cells"]).groupby(rare["arm"]).sum() / rare.groupby("arm")["cells"].sum()
     names = list(dict.fromkeys(rare["label"]))

@@ -66,8 +66,10 @@ def expression_features(task: GeneTask, cells: "ad.AnnData") -> pd.DataFrame:
     names = task.tokens.dataset.select(task.context)["cell"][:]
     part = cells[names]
     scaled = normalize(sparse.csr_matrix(part.X, dtype=np.float64), norm="l1") * TARGET_SUM
-    places = pd.Index(task.tokens.vocabulary.resolve(gene_ids(part))).get_indexer(task.genes["gene"])
-    scaled = scaled[:, places]
+    codes = pd.Index(task.genes["gene"]).get_indexer(task.tokens.vocabulary.resolve(gene_ids(part)))
+    known = np.flatnonzero(codes >= 0)  # identifiers of one gene are added up
+    shape = (part.n_vars, len(task.genes))
+    scaled = scaled @ sparse.csr_matrix((np.ones(len(known)), (known, codes[known])), shape=shape)
     mean, variance = mean_variance_axis(scaled, axis=0)
     log_mean, log_variance = mean_variance_axis(scaled.log1p(), axis=0)
     rows = [np.asarray(ids) for ids in task.tokens.dataset.select(task.context)["input_ids"][:]]

@@ -213,7 +213,8 @@ def intervals_by_method(metrics: pd.DataFrame) -> pd.DataFrame:
     rows = with_arms(metrics[metrics["metric"] == "macro_f1"].dropna(subset=["value"]))
     table = []
     for (task, arm), part in rows.groupby(["task", "arm"], sort=False):
-        by_t, drawn = over_runs(part), bootstrap_interval(part["value"])
+        values = part.groupby("fold")["value"].mean() if overlap(part) else part["value"]
+        by_t, drawn = over_runs(part), bootstrap_interval(values)
         texts = [MISSING if found.n == 1 else f"{found.low:.3f} to {found.high:.3f}" for found in (by_t, drawn)]
         table.append((task, arm, by_t.n, round(by_t.mean, 3), round(by_t.sd, 3), *texts))
     columns = ["task", "arm", "runs", "mean", "sd", "t interval", "bootstrap interval"]
@@ -382,7 +383,9 @@ def _verdict(metrics: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
 
 
 def _share_a_seed(rows: pd.DataFrame, a: str, b: str) -> bool:
-    return not set(rows.loc[rows["strategy"] == a, "seed"]).isdisjoint(rows.loc[rows["strategy"] == b, "seed"])
+    keys = ["seed", "fold"] if overlap(rows) else ["seed"]
+    runs = [set(rows.loc[rows["strategy"] == name, keys].itertuples(index=False, name=None)) for name in (a, b)]
+    return not runs[0].isdisjoint(runs[1])
 
 
 def _sentence(row: NamedTuple) -> str:

@@ -4,14 +4,12 @@ In: rows of ``metrics.csv`` of a study and of its tuned copy (`tuneformer.finetu
 strategy with both means, their 95 % intervals over seeds, and the difference paired by seed.
 """
 
-from typing import get_args
-
 import numpy as np
 import pandas as pd
 
 from tuneformer.evaluate.statistics import Interval, interval, with_interval
 from tuneformer.study.params import load_study
-from tuneformer.study.treatments import Strategy
+from tuneformer.study.treatments import BASELINES
 
 _KEYS = ["task", "train_set", "strategy"]
 _SIDE = ["learning_rate", "freeze_layers", "macro_f1", "low", "high", "seeds"]
@@ -69,7 +67,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 def _scores(metrics: pd.DataFrame) -> dict[tuple[str, str, str], pd.Series]:
     """Return the macro-F1 by seed of each task, train set and strategy; empty where all runs failed."""
-    rows = metrics[metrics["strategy"].isin(get_args(Strategy))]
+    rows = metrics[~metrics["strategy"].isin(BASELINES)]
     return {
         key: part[part["metric"] == "macro_f1"].set_index("seed")["value"].dropna()
         for key, part in rows.groupby(_KEYS, sort=False)
@@ -80,7 +78,7 @@ def _row(key: tuple[str, str, str], scores: list[pd.Series], names: list[str]) -
     row: dict[str, float | int | None] = {}
     for prefix, name, values in zip(("", "tuned_"), names, scores, strict=True):
         settings = load_study(name, task=key[0], strategy=key[2])
-        depth = settings.freeze_layers if settings.strategy == "selective" else None
+        depth = settings.freeze_layers if settings.base_strategy == "selective" else None
         found = _interval(values)
         side = [settings.peak_learning_rate, depth, found.mean, found.low, found.high, found.n]
         row |= {f"{prefix}{column}": value for column, value in zip(_SIDE, side, strict=True)}

@@ -104,7 +104,7 @@ def load_classifier(settings: Study, vocabulary: Vocabulary, classes: list[str])
     config._attn_implementation = settings.attention
     model = CellClassifier(config)
     if settings.strategy != "random_init":
-        _copy_weights(model, folder, vocabulary, rows)
+        copy_weights(model, folder, vocabulary, rows)
     return model
 
 
@@ -144,7 +144,7 @@ def read_config(folder: Path) -> BertConfig:
     return BertConfig.from_dict(values)
 
 
-def _copy_weights(model: CellClassifier, folder: Path, vocabulary: Vocabulary, rows: int) -> None:
+def copy_weights(model: CellClassifier, folder: Path, vocabulary: Vocabulary, rows: int) -> None:
     """Copy embeddings and encoder from the checkpoint, whose embedding has `rows` rows, into `model`."""
     path = folder / "model.safetensors"
     try:

@@ -29,7 +29,7 @@ from transformers import BertConfig, BertModel, BertPreTrainedModel
 from tuneformer.data import checkpoint_files, gene_lists
 from tuneformer.data.gene_lists import GeneListError
 from tuneformer.finetune import hardware, losses, strategies, training
-from tuneformer.finetune.checkpoints import _copy_weights, read_config
+from tuneformer.finetune.checkpoints import copy_weights, read_config
 from tuneformer.study import paths
 from tuneformer.study.params import ParameterError, Study
 from tuneformer.study.run import fingerprint, training_fingerprint
@@ -284,7 +284,7 @@ def load_gene_classifier(settings: Study, tokens: Tokens, classes: list[str]) ->
     config._attn_implementation = settings.attention
     model = GeneClassifier(config)
     if settings.base_strategy != "random_init":
-        _copy_weights(model, folder, tokens.vocabulary, rows)
+        copy_weights(model, folder, tokens.vocabulary, rows)
     return model
 
 

@@ -130,16 +130,21 @@ def trials(
     Raises
     ------
     ParameterError
-        The study cannot be used, or a rate is not above 0.
+        The study cannot be used or has folds, or a rate is not above 0.
     """
+    if load_study(study).folds:
+        msg = (
+            f"params/{study}.yaml: folds: what validates in one fold is tested in another; tune a study with folds: 0."
+        )
+        raise ParameterError(msg)
     listed = []
     for name in [task] if task else load_study(study).tasks:
-        settings = load_study(study, task=name)
-        fixed = {"train_set": settings.train_sets[0], "early_stop": None, "threads": 1}
-        for strategy in settings.strategies:
-            for setting in candidates(settings.model_copy(update={"strategy": strategy}), rates):
-                changes = fixed | {"strategy": strategy, "learning_rates": {}} | setting
-                listed += [settings.model_copy(update=changes | {"seed": seed}) for seed in dict.fromkeys(seeds)]
+        first = load_study(study, task=name)
+        changes = {"train_set": first.train_sets[0], "early_stop": None, "threads": 1, "learning_rates": {}}
+        for strategy in first.strategies:
+            settings = load_study(study, task=name, strategy=strategy).model_copy(update=changes)
+            for setting in candidates(settings, rates):
+                listed += [settings.model_copy(update=setting | {"seed": seed}) for seed in dict.fromkeys(seeds)]
     return listed
 
 

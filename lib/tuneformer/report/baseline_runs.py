@@ -26,10 +26,11 @@ def make(study: str, *, task: str, train_set: str, seeds: list[int], fold: int |
         The study, the cells or the train set cannot be used; the message says why and what to do.
     """
     for seed in seeds:
-        settings = load_study(study, task=task, train_set=train_set, seed=seed, fold=fold)
+        chosen = {"task": task, "train_set": train_set, "seed": seed, "fold": fold}
+        settings = load_study(study, **chosen)
         cells = None
         for name in settings.baselines:
-            run = settings.treated(name)
+            run = load_study(study, strategy=name, **chosen)
             record = finished_record(run)
             took = "loaded"
             if record is None:

@@ -225,10 +225,10 @@ def _class_sizes(settings: Study) -> tuple[pd.Series | None, str]:
     if obs is None:
         return None, ""
     if settings.select_column in obs:
-        obs = obs[obs[settings.select_column].isin(settings.select_values)]
+        obs = obs[obs[settings.select_column].astype(str).isin(settings.select_values)]
     if settings.label not in obs:
         return pd.Series({"all": len(obs)}), "in the file, at most"
-    sizes = obs[settings.label].value_counts()
+    sizes = obs[settings.label].dropna().astype(str).value_counts()
     kept = sizes.index.isin(settings.classes) if settings.classes else sizes >= settings.min_class_cells
     return sizes[kept & (sizes > 0)], "in the file, before quality control"
 

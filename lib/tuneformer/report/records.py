@@ -5,6 +5,7 @@ a finished run; and per study ``results/<study>/metrics.csv`` with the records b
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import math
@@ -21,8 +22,8 @@ from tuneformer.data import catalog, preprocessing
 from tuneformer.data.readers import CellsError
 from tuneformer.evaluate import cross_validation, statistics
 from tuneformer.study import grid, paths
-from tuneformer.study.params import ParameterError, Study, TrainingParams
-from tuneformer.study.run import checkpoint_hash, finished_record
+from tuneformer.study.params import ParameterError, Study, TrainingParams, read_yaml
+from tuneformer.study.run import checkpoint_hash, fingerprint, finished_record
 
 if TYPE_CHECKING:
     from tuneformer.finetune.training import Outcome
@@ -153,12 +154,17 @@ def record_name(settings: Study) -> str:
 def still_holds(record: Mapping[str, Any], settings: Study) -> bool:
     """Return whether a record states the parameters that a run has now, and was made of the same cells and weights.
 
-    A parameter that was not there when the record was written does not count against it.
+    A parameter that was not there when the record was written has to have its default now.
     """
-    now = _plain(settings.section(TrainingParams))
-    stated = record["parameters"]
-    same = all(stated[key] == now[key] for key in now.keys() & stated.keys() - {"threads", "device"})
+    now = _plain(settings.section(TrainingParams) | {"folds": settings.folds, "fold": settings.fold})
+    stated = _defaults() | record["parameters"]
+    same = all(stated[key] == now[key] for key in now.keys() - {"threads", "device"})
     return same and record.get("inputs") == inputs_of(settings)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return _plain(read_yaml(paths.PARAMS / "_base.yaml"))
 
 
 def rows_of(record: Mapping[str, Any]) -> pd.DataFrame:
@@ -214,11 +220,12 @@ def read_curves(study: str) -> pd.DataFrame:
 
     Returns
     -------
-    task, train_set, strategy and the columns of `tuneformer.evaluate.cross_validation.roc_curves`, for the best
-    strategy of each task, the first of the study and the linear baseline, with the first seed.
+    task, train_set, strategy, runs (hash of the fingerprints of its runs) and the columns of
+    `tuneformer.evaluate.cross_validation.roc_curves`, for the best strategy of each task, the first of the study and
+    the linear baseline, with the first seed.
     """
     path = paths.results_dir(study) / "roc.csv"
-    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[*ARM, "label", "fpr", "tpr", "auc"])
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=[*ARM, "runs", "label", "fpr", "tpr", "auc"])
 
 
 def _collect_curves(study: str, metrics: pd.DataFrame) -> pd.DataFrame:
@@ -230,21 +237,22 @@ def _collect_curves(study: str, metrics: pd.DataFrame) -> pd.DataFrame:
     kept, parts = read_curves(study), []
     for (task, train_set), scores in means.groupby(ARM[:2]):
         strategies = scores.droplevel(ARM[:2])
-        best = strategies.drop(strategies.index.intersection(runs[0].baselines)).idxmax()
-        for strategy in dict.fromkeys([best, runs[0].strategies[0], statistics.LINEAR]):
-            folds = [
-                paths.run_dir(run) / "predictions.parquet"
-                for run in runs
-                if (run.task, run.train_set, run.strategy, run.seed) == (task, train_set, strategy, runs[0].seeds[0])
-            ]
+        tuned = strategies.drop(strategies.index.intersection(runs[0].baselines))
+        best = [tuned.idxmax()] if len(tuned) else []
+        for strategy in dict.fromkeys([*best, runs[0].strategies[0], statistics.LINEAR]):
             arm = {"task": task, "train_set": train_set, "strategy": strategy}
-            if folds and all(file.is_file() for file in folds):
-                cells = pd.concat([pd.read_parquet(file) for file in folds], ignore_index=True)
-                parts.append(cross_validation.roc_curves(cells).assign(**arm))
-            else:
-                parts.append(kept[(kept[ARM] == pd.Series(arm)).all(axis=1)])
-    found = pd.concat([part for part in parts if len(part)] or [kept], ignore_index=True)
-    return found[[*ARM, *found.columns.difference(ARM, sort=False)]]
+            sides = {**arm, "seed": runs[0].seeds[0]}
+            folds = [run for run in runs if all(getattr(run, key) == value for key, value in sides.items())]
+            of_arm = metrics[(metrics[list(sides)] == pd.Series(sides)).all(axis=1)]
+            arm["runs"] = fingerprint(sorted(of_arm["fingerprint"].unique()))
+            if folds and all(finished_record(run) is not None for run in folds):
+                tables = [pd.read_parquet(paths.run_dir(run) / "predictions.parquet") for run in folds]
+                parts.append(cross_validation.roc_curves(pd.concat(tables, ignore_index=True)).assign(**arm))
+            elif len(kept):
+                parts.append(kept[(kept[list(arm)] == pd.Series(arm)).all(axis=1)])
+    parts = [part for part in parts if len(part)]
+    found = pd.concat(parts, ignore_index=True) if parts else kept
+    return found[[*ARM, "runs", *found.columns.difference([*ARM, "runs"], sort=False)]]
 
 
 def read_metrics(study: str) -> pd.DataFrame:

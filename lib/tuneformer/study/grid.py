@@ -47,11 +47,14 @@ def runs(study: str) -> list[Study]:
             msg = f"params/{study}.yaml: {key} names {repeated[0]!r} more than once; keep one."
             raise ParameterError(msg)
     return [
-        settings.treated(strategy).model_copy(update={"train_set": train_set, "seed": seed, "fold": fold})
-        for settings in (load_study(study, task=task) for task in first.tasks)
+        settings.model_copy(update={"train_set": train_set, "seed": seed, "fold": fold})
+        for treated in (
+            [load_study(study, task=task, strategy=name) for name in (*first.strategies, *first.baselines)]
+            for task in first.tasks
+        )
         for fold in (range(first.folds) if first.folds else [None])
         for train_set in first.train_sets
-        for strategy in (*first.strategies, *first.baselines)
+        for settings in treated
         for seed in first.seeds
     ]
 
@@ -63,7 +66,7 @@ def batch(name: str) -> list[Study]:
     ----------
     name
         ``default``: all runs of `MAIN`, and of each study with ``quick_train_sets`` those train sets with its first
-        task and seed. ``all``: all runs of these studies. Else the name of a study.
+        task and seed. ``all``: all runs of `MAIN` and of the other demo studies. Else the name of a study.
 
     Returns
     -------
@@ -77,9 +80,14 @@ def batch(name: str) -> list[Study]:
     if name not in (DEFAULT, ALL):
         return runs(name)
     listed = runs(MAIN)
-    for path in sorted(paths.PARAMS.glob("[!_]*.yaml")):
-        if path.stem != MAIN and load_study(path.stem).quick_train_sets:
-            listed += runs(path.stem) if name == ALL else quick_runs(path.stem)
+    for study in sorted(path.stem for path in paths.PARAMS.glob("[!_]*.yaml")):
+        if study == MAIN:
+            continue
+        settings = load_study(study)
+        if name == DEFAULT and settings.quick_train_sets:
+            listed += quick_runs(study)
+        if name == ALL and study.startswith(f"{MAIN}_") and settings.pretrain_output is None:
+            listed += runs(study)
     return listed
 
 

@@ -358,7 +358,16 @@ class Study(TrainingParams, PretrainingParams, GenesParams, CompressionParams):
         return self.learning_rates.get(self.strategy, of_base)
 
     def treated(self, strategy: str) -> "Study":
-        """Return the settings of another strategy or baseline; what its name says replaces what the study says."""
+        """Return the settings of another strategy or baseline; what its name says replaces what the study says.
+
+        Raises
+        ------
+        ParameterError
+            The name of the present strategy has replaced keys already, which the other would inherit.
+        """
+        if treatments.parse(self.strategy).keys and strategy != self.strategy:
+            msg = f"strategy: {strategy} would inherit what {self.strategy} sets; set strategy: {self.base_strategy}."
+            raise ParameterError(msg)
         return self.model_copy(update={"strategy": strategy, **treatments.parse(strategy).keys})
 
     def section(self, part: type[Section]) -> dict[str, Any]:

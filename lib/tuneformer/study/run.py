@@ -248,6 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
             msg = f"{paths.shown(notebook)} does not exist; the notebooks are {known}."
             raise ParameterError(msg)
         settings = load_study(changes["study"], **{key: changes[key] for key in changes if key != "study"})
+        changes.setdefault("task", settings.task)
         sys.stdout.write(run_notebook(notebook.resolve(), settings, changes) + "\n")  # whole lines, also beside others
     except ParameterError as error:
         print(error, file=sys.stderr)

@@ -13,7 +13,7 @@ import pytest
 
 from tuneformer.finetune import training, tuning
 from tuneformer.study import paths
-from tuneformer.study.params import load_study
+from tuneformer.study.params import ParameterError, load_study
 from tuneformer.trainsets import assemble
 
 OWN = """\
@@ -306,3 +306,8 @@ def test_a_process_that_is_killed_ends_the_trials_with_a_sentence(monkeypatch):
     monkeypatch.setattr(tuning, "run_trial", os._exit)
     with pytest.raises(tuning.TuningError, match=r"a trial was killed, .* use fewer --jobs"):
         list(tuning._made({"a": 1, "b": 2}, 2))
+
+
+def test_a_study_with_folds_is_not_tuned():
+    with pytest.raises(ParameterError, match="what validates in one fold is tested in another"):
+        tuning.trials("demo_pancreas")
