@@ -43,7 +43,8 @@ def strategy_rows(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def varied(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of those strategies that a task trains on more than one train set; baselines often have one."""
+    """Return the rows of those strategies that a task trains on more than one train set, and of the linear baseline."""
+    metrics = metrics[~metrics["strategy"].isin({*BASELINES} - {statistics.LINEAR})]
     return metrics[metrics.groupby(_RUNS)["train_set"].transform("nunique") > 1]
 
 
@@ -326,10 +327,22 @@ def _of_one_strategy(metrics: pd.DataFrame) -> list[str]:
     judged = judged.join(said)
     to_baseline = judged[judged["against"] == BASELINE]
     return [
+        *_on_bulk(means, to_baseline),
         *_on_pseudobulk(metrics, means, judged, to_baseline),
         *_on_mixtures(pairs, judged, to_baseline),
         *_on_synthetic(metrics, means, judged, to_baseline),
     ]
+
+
+def _on_bulk(means: pd.DataFrame, to_baseline: pd.DataFrame) -> Iterator[str]:
+    is_bulk = (to_baseline["kind"] == "bulk") | (to_baseline["control"] == "bulk")
+    beside = to_baseline["control"] == "untreated"  # the same synthetic cells around the means of single cells
+    rows = to_baseline[is_bulk | beside] if is_bulk.any() else to_baseline[is_bulk]
+    yield from _compared(
+        f"Trained on bulk samples, or on synthetic cells alone, instead of single cells{_score_of(means, BASELINE)}",
+        rows,
+        "{train_set}",
+    )
 
 
 def _on_pseudobulk(

@@ -39,7 +39,7 @@ def drawings(metrics: pd.DataFrame, *, simulated: bool) -> dict[str, Drawing]:
 
     Returns
     -------
-    Figure name to figure and table, for each task (and each baseline, and strategy where there are several):
+    Figure name to figure and table, for each task (and the linear baseline, and strategy where there are several):
     ``fig4_<task>_against_k``, ``fig5_<task>_decomposition``, ``fig6_<task>_per_class``, ``fig7_<task>_share``,
     ``fig8_<task>_confusion``; ``fig9_<task>_learning_curve``. What the
     train sets do not allow is left out; a study with one train set gives {}.
