@@ -77,6 +77,10 @@ def test_the_list_in_the_cells_of_sorted_blood(data, tmp_path, monkeypatch):
     assert task.counts.loc["dosage_insensitive"].tolist() == [368, 368, SCORED[1]]
     assert task.unknown == []
     assert len(task.rare) == 490 - sum(SCORED)
-    counts = prepare_cells(settings)[task.tokens.dataset.select(task.context)["cell"][:]]
-    seen = np.asarray((counts[:, task.genes["gene"]].X > 0).sum(axis=0)).ravel()
-    np.testing.assert_array_equal(task.genes["context_cells"], seen)  # no cell is cut: 2,048 tokens are enough for all
+    context = task.tokens.dataset.select(task.context)
+    found = prepare_cells(settings)[context["cell"][:], task.genes["gene"]].X > 0
+    is_whole = np.array(context["length"][:]) < 2048  # the tokens of the others are cut, and genes may be lost
+    n_cells = task.genes["context_cells"].to_numpy()
+    assert is_whole.mean() > 0.9
+    assert (n_cells >= found[is_whole].sum(axis=0).A1).all()
+    assert (n_cells <= found.sum(axis=0).A1).all()

@@ -189,25 +189,24 @@ def answer_table(metrics: pd.DataFrame) -> pd.DataFrame:
 def confident_genes(study: GeneStudy, strategy: str, *, n: int = 10) -> pd.DataFrame:
     """List the genes with the highest and the lowest score; each was scored by models that did not learn its class.
 
-    Models differ in how far they spread their logits, so scores are measured in standard deviations of the test genes
-    of their fold and seed, from the mean of these, and are then averaged over seeds.
+    Models differ in how far they spread their logits, so a gene is ranked among the test genes of its fold, seed by
+    seed; where two genes have the same mean rank, the mean logit decides.
 
     Returns
     -------
-    `n` genes of either end, highest first: gene, class, fold, ``score`` (standard deviations), ``probability`` of the
-    positive class (of the mean logit over tokens and seeds), ``right``: whether the gene is of the class of its end,
-    ``context_cells``.
+    `n` genes of either end, highest first: gene, class, fold, ``rank`` (share of the test genes of the fold with this
+    score or a lower one, mean over seeds), ``probability`` of the positive class (of the mean logit over tokens and
+    seeds), ``right``: whether the gene is of the class of its end, ``context_cells``.
     """
     part = study.scores[(study.scores["strategy"] == strategy) & (study.scores["control"] == NONE)]
-    of_model = part.groupby(["seed", "fold"], dropna=False)["context"]
-    part = part.assign(score=(part["context"] - of_model.transform("mean")) / of_model.transform("std"))
-    table = part.groupby(["gene", "class", "target", "fold"], sort=False)[["score", "context"]].mean().reset_index()
-    table = table.sort_values(["score", "gene"], ascending=[False, True])
+    part = part.assign(rank=part.groupby(["seed", "fold"], dropna=False)["context"].rank(pct=True))
+    table = part.groupby(["gene", "class", "target", "fold"], sort=False)[["rank", "context"]].mean().reset_index()
+    table = table.sort_values(["rank", "context"], ascending=False)
     ends = pd.concat([table.head(n).assign(called=1), table.tail(n).assign(called=0)])
     ends["right"] = ends["target"] == ends["called"]
     ends["probability"] = expit(ends["context"])
     ends = ends.merge(study.task.genes[["gene", "context_cells"]], on="gene")
-    return ends[["gene", "class", "fold", "score", "probability", "right", "context_cells"]]
+    return ends[["gene", "class", "fold", "rank", "probability", "right", "context_cells"]]
 
 
 def confusion(study: GeneStudy, strategy: str) -> pd.DataFrame:

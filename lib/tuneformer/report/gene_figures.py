@@ -92,9 +92,10 @@ def confusion_of(study: GeneStudy, strategy: str) -> Drawing:
     The figure and its table: true, called, genes (summed over seeds).
     """
     counts = gene_study.confusion(study, strategy)
-    title = titled(f"{strategy}: test genes by class", simulated=study.settings.simulated)
+    figure = confusion_matrix(counts, title="")
+    figure.suptitle(titled(f"{strategy}, test genes", simulated=study.settings.simulated), x=0.01, ha="left")
     table = counts.rename_axis(index="true", columns="called").stack().rename("genes").reset_index()
-    return Drawing(confusion_matrix(counts, title=title), table)
+    return Drawing(figure, table)
 
 
 def draw_all(study: GeneStudy, metrics: pd.DataFrame) -> dict[str, Drawing]:
