@@ -44,7 +44,7 @@ def test_a_study_on_train_sets_with_results_follows_the_answer(elsewhere):
     assert readme.main(["demo_pseudobulk"]) == 0
     text = (elsewhere / "README.md").read_text()
     question = load_study("demo_pseudobulk").question
-    assert text.index("fig1_scores.png") < text.index(f"**{question}**") < text.index(readme.END)
+    assert text.index("fig1_scores.png") < text.index(f"<summary><b>{question}</b></summary>") < text.index(readme.END)
     paragraph = text[text.index(question) :]
     assert "(simulated" in question
     assert "- `drugs`: Trained on pseudo-bulk (sum) instead of single cells, " in paragraph

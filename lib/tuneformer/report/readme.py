@@ -94,7 +94,7 @@ def answer(metrics: pd.DataFrame, predictions: pd.DataFrame) -> str:
 
 
 def findings(study: str) -> str:
-    """Return the main findings of a study as Markdown: its question, sentences per task, and a link.
+    """Return the main findings of a study as Markdown that unfolds: its question, sentences per task, and a link.
 
     Parameters
     ----------
@@ -113,7 +113,8 @@ def findings(study: str) -> str:
     lines = [f"- `{task}`: {' '.join(texts[:FINDINGS])}" for task, texts in found.items()]
     figure = f"figures/{study}/{FOLLOWING[study].format(settings.tasks[0])}.png"
     end = f"[Figure]({figure}) · [numbers](results/{study}/{table.name}) · `make report STUDY={study}`"
-    return "\n".join([f"**{settings.question}**", "", *lines, "", end])
+    head = f"<details><summary><b>{settings.question}</b></summary>"
+    return "\n".join([head, "", *lines, "", end, "", "</details>"])
 
 
 def block() -> str:
