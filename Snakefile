@@ -243,7 +243,7 @@ rule whole_study:
         checkpoint=checkpoint,
     log:
         paths.task_dir(PATTERN) / "{notebook}.ipynb",
-    threads: workflow.cores
+    threads: workflow.cores or 1  # --unlock has none
     shell:
         "{RUN} {wildcards.notebook} {params.asked} {params.model}"
 

@@ -326,3 +326,9 @@ def test_every_part_of_a_name_is_explained():
 def test_every_strategy_is_explained():
     assert list(html.STRATEGIES) == list(get_args(Strategy))
     assert list(html.BASELINES) == list(get_args(Baseline))
+
+
+def test_a_table_that_a_notebook_left_for_a_study_of_another_kind_is_no_result(site):
+    paths.write_text(paths.RESULTS / "demo" / "compression.csv", "study\n")
+    html.build("tiny")
+    assert 'id="demo"' not in (site / "index.html").read_text()

@@ -148,6 +148,7 @@ def build(study: str) -> Path:
         if not (paths.PARAMS / f"{name}.yaml").is_file():
             msg = f"results/{name} belongs to no study: restore params/{name}.yaml, or delete results/{name}."
             raise records.RecordError(msg)
+    known = [name for name in known if other_kinds.table_path(load_study(name)).is_file()]  # notebooks leave others
     pages = Environment(
         loader=FileSystemLoader(paths.ASSETS / "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
