@@ -1,5 +1,6 @@
 """From a study to its runs."""
 
+import os
 import subprocess
 import sys
 
@@ -98,3 +99,11 @@ def test_reading_a_study_is_light():
     code = "import sys, tuneformer.study.run; print({'torch', 'scanpy', 'papermill', 'pandas'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
+
+
+def test_a_study_that_is_one_notebook_runs_it_for_its_page(tmp_path):
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--config", "study=demo_compress"]
+    environment = os.environ | {"TUNEFORMER_RUNS": str(tmp_path)}
+    planned = subprocess.run(command, cwd=paths.ROOT, env=environment, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert "whole_study" in planned.stdout
