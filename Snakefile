@@ -9,7 +9,6 @@ import sys
 from tuneformer.study import grid, paths, train_sets
 from tuneformer.study.params import NAME_PATTERN, CellsParams, TokensParams, TrainingParams, TrainSetParams, load_study
 from tuneformer.study.run import WHOLE_STUDY, checkpoint_hash, executed_path, fingerprint
-from tuneformer.tokens.official import is_tokenized
 
 BATCH = config.get("study", grid.DEFAULT)
 ASKED = grid.batch(BATCH)
@@ -90,7 +89,7 @@ def records(study=None):
 
 def cells_of(wildcards):
     """Return what a run reads: tokens of single cells are made by notebook 02, those of made cells by each run."""
-    is_ours = wildcards.train_set == "single_cell" and not is_tokenized(part_of(wildcards))
+    is_ours = wildcards.train_set == "single_cell" and not paths.is_tokenized(part_of(wildcards))
     pattern = TOKENS if is_ours else paths.cells_path(PATTERN)
     return str(pattern).format(**wildcards)
 

@@ -87,10 +87,10 @@ def test_cells_are_split_by_individual_and_keep_their_tokens(study, hearts):
 
 
 def test_a_study_of_tokens_is_known_by_its_folder(study, hearts, tmp_path):
-    assert official.is_tokenized(study(hearts))
-    assert official.is_tokenized(load_study("tiny", dataset="cardiomyopathy"))
-    assert not official.is_tokenized(load_study("tiny"))
-    assert not official.is_tokenized(load_study("pbmc_facs", path=str(tmp_path / "cells.h5ad")))
+    assert paths.is_tokenized(study(hearts))
+    assert paths.is_tokenized(load_study("tiny", dataset="cardiomyopathy"))
+    assert not paths.is_tokenized(load_study("tiny"))
+    assert not paths.is_tokenized(load_study("pbmc_facs", path=str(tmp_path / "cells.h5ad")))
 
 
 def test_a_selection_takes_the_tokens_of_its_rows(study, hearts):
@@ -221,7 +221,7 @@ def test_our_tokens_suit_the_official_classifier(tmp_path):
     labelled = known.rename_column("treatment", "label").map(lambda cell: {"label": numbers[cell["label"]]})
     assert labelled.features["label"].dtype == "int64"
     assert labelled["label"][:5] == [numbers[name] for name in known["treatment"][:5]]
-    assert readers.is_tokenized(folder)  # and it can come back in
+    assert paths.is_token_folder(folder)  # and it can come back in
     assert set(readers.read_tokenized(folder).obs.columns) >= {"treatment", "well", "length"}
 
 

@@ -34,7 +34,6 @@ MAKE_VARIABLES = ("DATA", "LABEL")  # what make hands on to params/own_data.yaml
 ROWS = 4000  # rows of a dense file that are read at once
 AUTO = ("counts", "raw", "X")  # places that counts: auto looks at, in this order; the first is a layer
 SYMBOL_COLUMNS = ("symbol", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "feature_name")
-TOKENIZED = ("state.json", "dataset_info.json")  # files of a folder that datasets.save_to_disk wrote
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError)
 
 
@@ -66,7 +65,7 @@ def read_own(settings: "Study", path: Path) -> ad.AnnData:
         As `read_h5ad_counts`; the file is none of these; or the table of cells cannot be used.
     """
     path = Path(path)
-    if is_tokenized(path):
+    if paths.is_token_folder(path):
         return read_tokenized(path)
     options = {"ensembl_id": settings.ensembl_id, "symbol": settings.symbol}
     if path.is_dir() or _is_10x(path):
@@ -237,11 +236,6 @@ def read_10x(path: Path, *, ensembl_id: str | None, symbol: str | None) -> ad.An
         "gene identifiers": _where_from(adata.var, ensembl_id, where),
     }
     return summed(sparse.csr_matrix(adata.X), adata.obs[[]].copy(), genes, recognised)
-
-
-def is_tokenized(path: Path) -> bool:
-    """Return whether a path is the folder of a data set that `datasets.save_to_disk` wrote."""
-    return all((Path(path) / name).is_file() for name in TOKENIZED)
 
 
 def read_tokenized(path: Path) -> ad.AnnData:

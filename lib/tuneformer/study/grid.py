@@ -48,13 +48,10 @@ def runs(study: str) -> list[Study]:
             raise ParameterError(msg)
     return [
         settings.model_copy(update={"train_set": train_set, "seed": seed, "fold": fold})
-        for treated in (
-            [load_study(study, task=task, strategy=name) for name in (*first.strategies, *first.baselines)]
-            for task in first.tasks
-        )
+        for plain in (load_study(study, task=task, strategy=first.base_strategy) for task in first.tasks)
         for fold in (range(first.folds) if first.folds else [None])
         for train_set in first.train_sets
-        for settings in treated
+        for settings in map(plain.treated, (*first.strategies, *first.baselines))
         for seed in first.seeds
     ]
 

@@ -92,6 +92,18 @@ def checkpoint_dir(name: str) -> Path:
     return ASSETS / "demo_checkpoint" if name == "demo" else user_path(name)
 
 
+def is_token_folder(path: Path) -> bool:
+    """Return whether a path is the folder of a data set that ``datasets.save_to_disk`` wrote."""
+    return all((Path(path) / name).is_file() for name in ("state.json", "dataset_info.json"))
+
+
+def is_tokenized(settings: "Study") -> bool:
+    """Return whether the cells of a study are tokens already, so that there is nothing for 02_tokenize to do."""
+    if settings.dataset == "own":
+        return is_token_folder(user_path(settings.path))
+    return settings.dataset == "cardiomyopathy"
+
+
 def results_dir(study: str) -> Path:
     """Return the committed results of a study: ``metrics.csv`` and ``records/``."""
     return RESULTS / study

@@ -29,13 +29,6 @@ CHUNK = 20_000  # cells read at once: official files hold 8 bytes a token, which
 RESERVED = ("label", "labels")  # the official classifier wants to name its numbered classes so, and refuses them
 
 
-def is_tokenized(settings: Study) -> bool:
-    """Return whether the cells of a study are tokens already, so that there is nothing for 02_tokenize to do."""
-    if settings.dataset == "own":
-        return readers.is_tokenized(paths.user_path(settings.path))
-    return settings.dataset == "cardiomyopathy"
-
-
 def read_dataset(settings: Study, cells: "ad.AnnData", vocabulary: Vocabulary, path: Path) -> datasets.Dataset:
     """Take the tokens of the cells of a task from a data set in the official format.
 
