@@ -1,0 +1,267 @@
+"""Arms: what a study compares, each a name and the keys that differ, and the contrasts between them.
+
+In: the mappings `arms` and `contrasts` of a params file, where {key} in a name stands for each value of a list. Out:
+one entry per arm and per contrast; or one sentence that says which of them cannot be used, and why.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Set
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tuneformer import keys
+from tuneformer.artifacts import UserError
+from tuneformer.params import refuse_unknown, require_choice
+
+if TYPE_CHECKING:
+    from tuneformer.study import Study
+
+BRACES = re.compile(r"{(\w*)}")
+FITTED = frozenset(keys.TrainingKeys.model_fields) - frozenset(keys.TokensKeys.model_fields) - {"strategy"}
+"""Keys of fine-tuning, which a baseline does not read."""
+READ_BY: dict[str, tuple[str, Set[str]]] = {
+    "freeze_layers": ("strategy", {"selective"}),
+    "freeze_embeddings": ("strategy", {"selective"}),
+    "head_share": ("strategy", {"lp_ft"}),
+    "layer_decay": ("strategy", {"layerwise_lr_decay"}),
+    "lora_rank": ("strategy", {"lora"}),
+    "lora_alpha": ("strategy", {"lora"}),
+    "focal_gamma": ("loss", {"focal"}),
+    "focal_alpha": ("loss", {"focal"}),
+    "cells_per_class": ("train_set", {"single_cell"}),
+    "k": ("train_set", {"pseudobulk", "single_cell"}),
+    "aggregation": ("train_set", {"pseudobulk"}),
+    "depth": ("train_set", {"pseudobulk"}),
+    "token_length": ("train_set", {"pseudobulk"}),
+    "validation_cells": ("train_set", {"pseudobulk"}),
+    "steps_of": ("train_set", {"pseudobulk", "single_cell"}),
+    "group_spread": ("train_set", {"pseudobulk", "single_cell"}),
+    "generator": ("train_set", {"synthetic", "mixture"}),
+    "variances": ("train_set", {"synthetic"}),
+    "means": ("train_set", {"synthetic"}),
+    "pad": ("train_set", {"mixture"}),
+    "share": ("train_set", {"mixture"}),
+    "padded_classes": ("train_set", {"mixture"}),
+    "synthetic_cells": ("train_set", {"synthetic"}),
+    "covariance_rank": ("train_set", {"synthetic", "mixture"}),
+}
+"""Which value of which other key makes a key matter: an arm that sets one where nothing reads it is refused."""
+
+
+class Contrast(NamedTuple):
+    """One declared question: by how much `arm` scores higher than `reference`."""
+
+    contrast: str
+    reference: str
+    arm: str
+
+
+def expand(
+    templates: Mapping[str, Any], study: Mapping[str, Any], where: str, allowed: Set[str], named: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Expand templates such as ``pseudobulk_k{k}: {k: [2, 5]}`` to one arm per combination of listed values.
+
+    Parameters
+    ----------
+    templates
+        Name of an arm, or template of names, to the keys that differ (or null).
+    study
+        Values of the study, for {key} in a name whose value is not of the arm itself.
+    where
+        The file, for messages.
+    allowed
+        Keys in which arms may differ.
+    named
+        Strategies and baselines: an arm of such a name has it as its strategy, unless it says another.
+
+    Raises
+    ------
+    UserError
+        An unknown key or one that all arms share, a list without {key} in the name, or a name that cannot be used or is
+        given twice.
+    """
+    if not isinstance(templates, Mapping) or not templates:
+        msg = f"{where}: arms: write one `name: {{key: value}}` per arm; there is none."
+        raise UserError(msg)
+    found: dict[str, dict[str, Any]] = {}
+    for template, given in templates.items():
+        own = given or {}
+        here = f"{where}: arm {template}"
+        if not isinstance(own, Mapping):
+            msg = f"{here}: write the keys that differ as {{key: value}} (it is {given!r})."
+            raise UserError(msg)
+        refuse_unknown(own, here, keys_of_studies())
+        shared = [key for key in own if key not in allowed]
+        if shared:
+            msg = f"{here}: all arms of a study share {shared[0]}; set it for the study, or make two tasks of it."
+            raise UserError(msg)
+        for name, chosen in _combinations(str(template), own, study, here):
+            if not re.fullmatch(keys.NAME_PATTERN, name):
+                msg = f"{here}: {name!r} is not a name: use at most 64 letters, digits, _ . and -."
+                raise UserError(msg)
+            if name in found:
+                msg = f"{here}: the arm {name!r} is there already; put what differs into its name."
+                raise UserError(msg)
+            if name in named:
+                chosen.setdefault("strategy", name)
+            if "strategy" in chosen:
+                require_choice(chosen["strategy"], named, here, "strategy")
+            found[name] = chosen
+    return found
+
+
+def keys_of_studies() -> list[str]:
+    """Return the names of all keys of a study."""
+    return list(dict.fromkeys(key for section in keys.SECTIONS for key in section.model_fields))
+
+
+def expand_contrasts(
+    templates: Mapping[str, list[str]], arms: Mapping[str, Mapping[str, Any]], where: str
+) -> list[Contrast]:
+    """Expand contrasts such as ``fewer steps: [single_cell, single_cell_k{k}_steps]`` to one per fitting arm.
+
+    A {key} that both sides have takes the same value on both; a name without {key} that stands for several contrasts
+    gets the values appended.
+
+    Parameters
+    ----------
+    templates
+        Name of a contrast to [reference, arm].
+    arms
+        Name of each arm to all its keys with their values.
+    where
+        The file, for messages.
+
+    Raises
+    ------
+    UserError
+        A contrast that is not two arms of the study, or fits none, or compares an arm with itself.
+    """
+    found = []
+    for name, pair in templates.items():
+        here = f"{where}: contrast {name!r}"
+        if len(pair) != 2:
+            msg = f"{here}: write [reference, arm] (it has {len(pair)} names)."
+            raise UserError(msg)
+        sides = [_fitting(side, arms) for side in pair]
+        for side, fitting in zip(pair, sides, strict=True):
+            if not fitting:
+                require_choice(side, arms, here, "arm")
+        pairs = [
+            (reference, arm, of_reference | of_arm)
+            for arm, of_arm in sides[1]
+            for reference, of_reference in sides[0]
+            if all(of_arm.get(key, value) == value for key, value in of_reference.items())
+        ]
+        if not pairs or any(reference == arm for reference, arm, _ in pairs):
+            msg = f"{here}: {pair[0]} and {pair[1]} have no pair of different arms with the same values."
+            raise UserError(msg)
+        for reference, arm, values in pairs:
+            title = name.format(**values) if BRACES.search(name) else name
+            if title == name and len(pairs) > 1:
+                title += ", " + ", ".join(f"{key} = {value}" for key, value in values.items())
+            found.append(Contrast(title, reference, arm))
+    return found
+
+
+def refuse_unread(settings: "Study", own: Mapping[str, Any], where: str) -> None:
+    """Raise a `UserError` if an arm sets a key that its strategy, loss or train set does not read."""
+    for key in own:
+        if settings.is_baseline and key in FITTED:
+            msg = f"{where}: {key} is for fine-tuning, and {settings.strategy} is a baseline, which does not read it."
+            raise UserError(msg)
+        reader, values = READ_BY.get(key, ("", set()))
+        if reader and getattr(settings, reader) not in values:
+            needed = " or ".join(sorted(values))
+            msg = (
+                f"{where}: {key} needs {reader}: {needed}, and this arm has {getattr(settings, reader)}; leave it out."
+            )
+            raise UserError(msg)
+
+
+def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
+    """Give the keys whose values do not go together, each with the reason."""
+    is_made = settings.train_set != "single_cell"
+    rules = {
+        "path": (settings.dataset == "own" and not settings.path, "dataset is own, so path must name a file"),
+        "folds": (settings.folds == 1, "one fold leaves nothing to train on; set 2 or more, or 0 for one test set"),
+        "fold": (
+            (settings.fold or 0) >= max(settings.folds, 1),
+            f"it has to be from 0 to {settings.folds - 1}" if settings.folds else "it has to be null, as folds is 0",
+        ),
+        "select_values": (
+            settings.select_column is None and bool(settings.select_values),
+            "needs select_column, the obs column that holds the values",
+        ),
+        "seeds": (
+            not settings.seeds or len(set(settings.seeds)) < len(settings.seeds),
+            "name each seed once, one at least",
+        ),
+        "k": (
+            (settings.train_set == "pseudobulk" or settings.steps_of == "pseudobulk") and settings.k is None,
+            "pseudo-bulk needs the mean number of cells in a group; set it to 2 or more",
+        ),
+        "k ": (
+            settings.train_set == "single_cell" and settings.k is not None and settings.steps_of != "pseudobulk",
+            "single cells are in no groups; set steps_of: pseudobulk, or train_set: pseudobulk",
+        ),
+        "steps_of": (
+            settings.steps_of == settings.train_set or (is_made and settings.steps_of == "pseudobulk"),
+            "these are its own steps; pseudobulk takes single_cell here, and single_cell takes pseudobulk",
+        ),
+        "depth": (
+            settings.depth == "single_cell" and settings.aggregation != "sum",
+            "only sums are counts that can be thinned; set aggregation: sum",
+        ),
+        "generator": (
+            settings.generator == "copies" and (settings.train_set != "mixture" or settings.pad is None),
+            "copies can pad a mixture, and nothing else",
+        ),
+        "pad": (
+            settings.train_set == "mixture" and (settings.pad is None) == (settings.share is None),
+            "a mixture needs either pad (cells added to each padded class) or share (of cells replaced)",
+        ),
+        "padded_classes": (settings.pad is not None and not settings.padded_classes, "pad needs the classes to pad"),
+        "means": (
+            settings.means == "bulk" and settings.train_set != "synthetic",
+            "only synthetic cells are drawn around means",
+        ),
+        "bulk_counts": (
+            (settings.train_set == "bulk" or settings.means == "bulk") and settings.bulk_counts is None,
+            "the samples are needed; name a csv or tsv, or demo",
+        ),
+    }
+    yield from ((key.strip(), why) for key, (is_wrong, why) in rules.items() if is_wrong)
+
+
+def _combinations(
+    template: str, own: Mapping[str, Any], study: Mapping[str, Any], where: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give the name and keys of each combination of the values that are listed for {key} in a template."""
+    places = list(dict.fromkeys(BRACES.findall(template)))
+    refuse_unknown(places, where, keys_of_studies())
+    for key, value in own.items():
+        is_list = "list" in str(keys.TrainingKeys.model_fields[key].annotation)
+        if isinstance(value, list) and key not in places and not is_list:
+            msg = f"{where}: {key} lists {len(value)} values, so the name has to hold {{{key}}}."
+            raise UserError(msg)
+    values = [own.get(key, study.get(key)) for key in places]
+    for chosen in product(*(value if isinstance(value, list) else [value] for value in values)):
+        given = dict(zip(places, chosen, strict=True))
+        name = template.format(**{key: _written(value) for key, value in given.items()})
+        yield name, {**own, **{key: value for key, value in given.items() if key in own}}
+
+
+def _fitting(template: str, arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """Return the arms whose name a template gives with their own keys, each with the values of its {key}."""
+    found = []
+    for arm, values in arms.items():
+        given = {key: _written(values.get(key)) for key in BRACES.findall(template)}
+        if template.format(**given) == arm:
+            found.append((arm, given))
+    return found
+
+
+def _written(value: Any) -> str:
+    """Return a value as it stands in the name of an arm: 0.0005, 10, sum."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

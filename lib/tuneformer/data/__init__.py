@@ -1,1 +1,0 @@
-"""Cells: where they come from, quality control, splits, and the simulated demo data set."""

@@ -1,1 +1,0 @@
-"""The judgement: metrics, baselines, comparisons, leakage."""

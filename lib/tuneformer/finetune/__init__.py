@@ -1,1 +1,0 @@
-"""The model: checkpoints, fine-tuning strategies, training and pre-training."""

@@ -1,0 +1,86 @@
+"""Where the repository keeps its files.
+
+In: the settings of a run. Out: paths below the root of the repository; nothing is read or written here.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuneformer.artifacts import UserError, key
+
+if TYPE_CHECKING:
+    from tuneformer.study import Study
+
+
+def _find_root() -> Path:
+    """Return the folder that holds ``params/_base.yaml``: beside the package, or above the working directory."""
+    for folder in (Path(__file__).resolve().parents[2], Path.cwd(), *Path.cwd().parents):
+        if (folder / "params" / "_base.yaml").is_file():
+            return folder
+    msg = (
+        f"No params/_base.yaml beside the package or above {Path.cwd()}: tuneformer works inside a clone of its "
+        "repository; clone it and install it with `pip install -e .`."
+    )
+    raise UserError(msg)
+
+
+ROOT = _find_root()
+PARAMS = ROOT / "params"
+NOTEBOOKS = ROOT / "notebooks"
+RESULTS = ROOT / "results"
+FIGURES = ROOT / "figures"
+RUNS = Path(os.environ.get("TUNEFORMER_RUNS", ROOT / "runs"))
+DOWNLOADS = Path(os.environ.get("TUNEFORMER_DOWNLOADS", ROOT / "data"))
+SITE = Path(os.environ.get("TUNEFORMER_SITE", ROOT / "site"))
+TOKEN_KEYS = ("checkpoint", "vocabulary", "max_length")
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+def shown(path: Path) -> str:
+    """Return a path as messages show it: relative to the repository when it lies in it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def user_path(written: str) -> Path:
+    """Return a path that a user wrote into a study: $VARIABLES and ~ expanded; if relative, below the repository."""
+    return ROOT / Path(os.path.expandvars(written)).expanduser()
+
+
+def task_dir(settings: "Study") -> Path:
+    """Return the working folder of one task: ``runs/<study>/<task>``."""
+    return RUNS / settings.study / settings.task
+
+
+def cells_dir(settings: "Study") -> Path:
+    """Return the folder of the quality-controlled cells of a task, which all its folds share."""
+    return task_dir(settings) / "cells"
+
+
+def tokens_dir(settings: "Study") -> Path:
+    """Return the folder of the tokens of all cells of a task.
+
+    With fitted medians each fold has its own, and so has an arm with a checkpoint, vocabulary or length of its own.
+    """
+    own = {name: value for name, value in (settings.arms[settings.arm] or {}).items() if name in TOKEN_KEYS}
+    fold = f"_fold{settings.fold}" if settings.vocabulary == "fit" and settings.fold is not None else ""
+    return task_dir(settings) / f"tokens{fold}{f'_{key(own)[:8]}' if own else ''}"
+
+
+def made_dir(settings: "Study") -> Path:
+    """Return the folder of the made cells of one run, which all arms with the same keys for it share."""
+    from tuneformer.study import TokensKeys
+
+    number = key(settings.keys(TokensKeys), settings.seed, settings.fold)
+    return task_dir(settings) / "made" / f"{settings.train_set}_{number[:8]}"
+
+
+def arm_dir(settings: "Study") -> Path:
+    """Return the folder of one arm of a task: what its job leaves."""
+    return task_dir(settings) / settings.arm
+
+
+def run_dir(settings: "Study") -> Path:
+    """Return the folder of one run: one seed (and fold) of an arm."""
+    fold = "" if settings.fold is None else f"_fold{settings.fold}"
+    return arm_dir(settings) / f"seed{settings.seed}{fold}"

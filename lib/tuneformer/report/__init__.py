@@ -1,1 +1,0 @@
-"""What is said: run records, tables, figures and the page."""

@@ -1,1 +1,0 @@
-"""What is asked: parameters, paths, the grid of runs, and one papermill run."""

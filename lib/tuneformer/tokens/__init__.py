@@ -1,1 +1,0 @@
-"""Cells to tokens: gene vocabulary and rank-value encoding."""
