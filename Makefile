@@ -1,9 +1,10 @@
-# make report                the demo study, a small part of the others, the page   make lab   the notebooks in JupyterLab
-# make report STUDY=<name>   all runs of one study (a file in params/); STUDY=all: all runs of all demo studies
-# make report STUDY=own_data DATA=cells.h5ad LABEL=celltype    your own cells
-# make plan STUDY=<name>     runs, downloads, disk and time of a study, before anything starts
-# make test                  all tests, notebooks included                     make check   format, lint, hygiene
-# make bench                 what the stages cost on this machine
+# make report                the demo study and the page              make lab     the notebooks in JupyterLab
+# make report STUDY=<name>   one study (a file in params/); STUDY=all: all demo studies
+# make report STUDY=own_data DATA=cells.h5ad LABEL=celltype           your own cells
+# make plan STUDY=<name>     arms, jobs, downloads, disk and time of a study, before anything starts
+# make publish STUDY=<name>  copy its results, figures and README numbers into the repository
+# make test                  all tests, notebooks included            make check   format, lint, hygiene
+# make bench                 what the stages cost on this machine     make params  params/_base.yaml, from keys.py
 STUDY ?= default
 PYTHON ?= python3.11 python3 python
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -11,19 +12,25 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 ENV := .venv/complete
 export OMP_NUM_THREADS = 1
-export DATA LABEL  # own_data.yaml reads them
+export STUDY DATA LABEL  # read by the commands and by own_data.yaml, never by a shell line
 
-.PHONY: report plan test check lint lab bench
+.PHONY: report plan publish params test check lint lab bench
 .DELETE_ON_ERROR:
 
 report: $(ENV)
-	@$(BIN)/python -m tuneformer.study.grid $(STUDY)
-	@$(BIN)/python -m tuneformer.data.download $(STUDY)
-	@$(BIN)/snakemake --cores $(JOBS) --config study=$(STUDY)
+	@$(BIN)/python -m tuneformer.study "$$STUDY"
+	@$(BIN)/python -m tuneformer.data.fetch "$$STUDY"
+	@$(BIN)/snakemake --cores $(JOBS) --config study="$$STUDY"
 	@echo "$(CURDIR)/site/index.html"
 
 plan: $(ENV)
-	@$(BIN)/python -m tuneformer.report.plan $(STUDY)
+	@$(BIN)/python -m tuneformer.report.plan "$$STUDY"
+
+publish: $(ENV)
+	@$(BIN)/python -m tuneformer.report.results publish "$$STUDY"
+
+params: $(ENV)
+	@$(BIN)/python -m tuneformer.params
 
 test: lint
 	@$(BIN)/pytest tests notebooks -n $(JOBS) --dist loadfile \

@@ -47,6 +47,18 @@ def user_path(written: str) -> Path:
     return ROOT / Path(os.path.expandvars(written)).expanduser()
 
 
+def is_token_folder(path: Path) -> bool:
+    """Return whether a path is the folder of a data set that ``datasets.save_to_disk`` wrote."""
+    return all((Path(path) / name).is_file() for name in ("state.json", "dataset_info.json"))
+
+
+def is_tokenized(settings: "Study") -> bool:
+    """Return whether the cells of a study are tokens already, so that there is nothing for 02_tokenize to do."""
+    if settings.dataset == "own":
+        return is_token_folder(user_path(settings.path))
+    return settings.dataset == "cardiomyopathy"
+
+
 def task_dir(settings: "Study") -> Path:
     """Return the working folder of one task: ``runs/<study>/<task>``."""
     return RUNS / settings.study / settings.task
@@ -84,3 +96,24 @@ def run_dir(settings: "Study") -> Path:
     """Return the folder of one run: one seed (and fold) of an arm."""
     fold = "" if settings.fold is None else f"_fold{settings.fold}"
     return arm_dir(settings) / f"seed{settings.seed}{fold}"
+
+
+def part_name(settings: "Study") -> str:
+    """Return the name of a job: the seeds that it runs, such as ``seeds0-4``, or ``seeds0_3`` with gaps."""
+    seeds = settings.seeds
+    in_a_row = len(seeds) > 1 and list(range(seeds[0], seeds[-1] + 1)) == seeds
+    return f"seeds{seeds[0]}-{seeds[-1]}" if in_a_row else "seeds" + "_".join(map(str, seeds))
+
+
+def executed_path(notebook: str, settings: "Study") -> Path:
+    """Return where the executed copy of a notebook goes: beside the things that it wrote."""
+    if notebook.startswith("05"):
+        return arm_dir(settings) / f"{part_name(settings)}.ipynb"
+    folder = RUNS / settings.study if notebook[:2] in ("00", "06") else task_dir(settings)
+    return folder / f"{notebook}.ipynb"
+
+
+def results_dir(study: str) -> Path:
+    """Return the folder of the results of a study: of a batch that ran here, or else as committed."""
+    here = RUNS / study / "results"
+    return here if (here / "answer.json").is_file() else RESULTS / study

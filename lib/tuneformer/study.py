@@ -5,12 +5,13 @@ frozen `Study`, resolved for one task and one arm; or one sentence that names fi
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import PrivateAttr, ValidationError, field_validator
 
-from tuneformer import arms, params
+from tuneformer import arms, params, paths
 from tuneformer.arms import Contrast
 from tuneformer.artifacts import UserError
 from tuneformer.keys import (
@@ -45,6 +46,7 @@ __all__ = [
     "TokensKeys",
     "TrainSetKeys",
     "TrainingKeys",
+    "batch",
     "contrasts",
     "from_notebook",
     "jobs",
@@ -114,6 +116,7 @@ ARM_KEYS = frozenset(TrainingKeys.model_fields) - frozenset(CellsKeys.model_fiel
 """Keys in which arms may differ: all of them get the same cells, task and split."""
 UNDER_REFERENCE = frozenset({"task", "arm", "seed", "fold", "seeds", "threads", "device"})
 """What a run may change and still be checked against ``expected_macro_f1`` of its study."""
+MAIN = "demo"
 NAMED = {
     "cells": (*STRATEGIES, *BASELINES),
     "genes": (*STRATEGIES, *GENE_BASELINES),
@@ -172,6 +175,10 @@ def load_study(name: str, **changes: Any) -> Study:
     if "contrasts" not in own:  # those of the default that this study's arms allow
         pairs = values["contrasts"].items()
         values["contrasts"] = {name: pair for name, pair in pairs if {*pair} <= values["arms"].keys()}
+    asked, its = changes.get("strategy"), values["arms"][arm].get("strategy")
+    if asked and its and asked != its:
+        msg = f"the changes of a run of {name}: the arm {arm} is of strategy {its}; ask for another arm, not strategy."
+        raise UserError(msg)
     own_keys = {key: value for key, value in own.items() if key not in ("arms", "tasks", "task", "arm")}
     given = {key: value for key, value in changes.items() if key not in ("task", "arm")}
     layers = {
@@ -227,6 +234,16 @@ def jobs(name: str) -> list[Study]:
     ]
 
 
+def batch(name: str) -> list[str]:
+    """List the studies of a batch: ``default`` is `MAIN`, ``all`` every demo study, any other name that study."""
+    if name == "default":
+        return [MAIN]
+    if name != "all":
+        return [name]
+    others = sorted(path.stem for path in paths.PARAMS.glob(f"{MAIN}_*.yaml"))
+    return [MAIN, *(study for study in others if load_study(study).pretrain_output is None)]
+
+
 def contrasts(settings: Study) -> list[Contrast]:
     """List the declared contrasts of a study, with one per value where their arms have {key} in the name."""
     keys = {arm: settings.with_arm(arm).keys(TrainingKeys) for arm in settings.arms}
@@ -261,3 +278,22 @@ def _number(key: str, value: Any) -> Any:
     """Read a whole number as a float where the key is one (strict types would refuse ``1`` for ``1.0``)."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if is_whole and "float" in str(Study.model_fields[key].annotation) else value
+
+
+def main(names: list[str]) -> int:
+    """Print the size of each study of a batch; end with 2 and one sentence when one cannot be used."""
+    try:
+        for study in batch(names[0] if names else "default"):
+            asked = jobs(study)
+            n_runs = sum(len(job.runs()) for job in asked)
+            sides = {"arm": len(asked[0].arms), "task": len(asked[0].tasks), "run": n_runs, "job": len(asked)}
+            counts = [f"{number} {what}{'' if number == 1 else 's'}" for what, number in sides.items()]
+            print(f"Study {study} ({asked[0].kind}): {', '.join(counts)}")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,247 @@
+"""Pseudo-bulk: points that are made of several single cells each, and the controls that belong to them.
+
+In: single cells with raw counts, and the stratum (class within dose) of each. Out: one point per group of about k
+cells, as the sum, mean or approximate mean of its counts; one cell of each group; or points thinned to the depth of
+single cells.
+"""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from tuneformer.artifacts import UserError
+
+SEPARATOR = "\n"  # between the names in obs["member_names"]; a name may contain a space
+EXACT = 2**24  # whole numbers up to here are exact in float32
+
+
+def strata(cells: ad.AnnData, dose_column: str | None) -> pd.Series:
+    """Return the stratum of each cell, the unit that is never mixed: its class, or ``class @ dose``.
+
+    Returns
+    -------
+    Categorical indexed by cell; categories in the order of classes and rising doses.
+
+    Raises
+    ------
+    UserError
+        A class without cells, no such column, or a cell without a dose.
+    """
+    label = cells.obs["label"]
+    empty = label.cat.categories.difference(label.unique())
+    if len(empty):
+        msg = f"Class {empty[0]!r} has no cells to make others from; leave it out of classes, or give it cells."
+        raise UserError(msg)
+    if dose_column is None:
+        return label.cat.as_unordered().rename("stratum")
+    if dose_column not in cells.obs:
+        msg = f"dose_column: the cells have no obs column {dose_column!r}; use one of {', '.join(cells.obs.columns)}."
+        raise UserError(msg)
+    missing = cells.obs_names[cells.obs[dose_column].isna()]
+    if len(missing):
+        msg = f"dose_column: {len(missing)} cells have no {dose_column!r} (first: {missing[0]}); drop them first."
+        raise UserError(msg)
+    pairs = cells.obs.groupby(["label", dose_column], observed=True)
+    names = np.array([f"{name} @ {dose:g}" if isinstance(dose, float) else f"{name} @ {dose}" for name, dose in pairs.groups])
+    return pd.Series(pd.Categorical(names[pairs.ngroup()], pd.unique(names)), cells.obs_names, name="stratum")
+
+
+def group_cells(strata: pd.Series, *, k: int, spread: float, rng: np.random.Generator) -> np.ndarray:
+    """Put the cells of each stratum into groups of about `k`.
+
+    The cells of a stratum are put in random order and cut into groups of round(k (1 + e)) cells, e ~ N(0, spread), at
+    least 1 and at most 2k - 1. Fewer than k / 2 cells left at the end join the group before, where that stays within
+    2k - 1; otherwise they are a group of their own. So no stratum is left without a group, and every cell is in one.
+    (The thesis does not say what it did with the rest.) Names and order of strata have no part in the draw.
+
+    Source: A. Kuźnicki, bachelor thesis, TU Delft 2024, section 2.2.
+
+    Parameters
+    ----------
+    strata
+        Stratum of each cell, (cells,).
+    k
+        Mean number of cells in a group, 2 or more.
+    spread
+        Standard deviation of the number of cells in a group, as a share of `k`.
+
+    Returns
+    -------
+    Number of the group of each cell, (cells,): 0, 1, 2, ..., stratum after stratum.
+
+    Raises
+    ------
+    UserError
+        There are no cells, or a cell has no stratum.
+    """
+    codes = strata.astype("category").cat.codes.to_numpy()
+    if not len(codes) or codes.min() < 0:
+        what = f"{(codes < 0).sum()} of {len(codes)} cells have no stratum" if len(codes) else "There are no cells"
+        msg = f"{what}, so no groups can be made; keep cells whose class and dose are known."
+        raise UserError(msg)
+    groups = np.empty(len(codes), dtype=np.int64)
+    n_groups = 0
+    for code in np.unique(codes):
+        cells = rng.permutation(np.flatnonzero(codes == code))
+        sizes = np.clip(np.rint(k * (1 + rng.normal(0, spread, len(cells)))), 1, 2 * k - 1)  # more than will be needed
+        number = np.searchsorted(np.cumsum(sizes), np.arange(len(cells)), side="right")
+        *_, before, last = [0, *np.bincount(number)]
+        if before and last < k / 2 and before + last <= 2 * k - 1:
+            number[number == number[-1]] -= 1
+        groups[cells] = n_groups + number
+        n_groups += number[-1] + 1
+    return groups
+
+
+def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata: pd.Series, name: str) -> ad.AnnData:
+    """Make one point of each group of cells.
+
+    Counts are summed in float64. Sums are stored as float32, which holds them exactly up to 2^24; means stay float64:
+    float32 would round them by up to 6e-8, which breaks ties of genes that are tied in the sums, while the 1e-16 of
+    float64 is far below the tolerance of `tuneformer.tokens.encode`, so that all three have the same tokens.
+
+    Source: A. Kuźnicki, bachelor thesis, TU Delft 2024, section 2.2.
+
+    Parameters
+    ----------
+    cells
+        Raw counts in ``X``; ``obs["label"]``.
+    groups
+        Number of the group of each cell, from `group_cells`; (cells,).
+    how
+        ``sum``; ``mean``, the sum divided by the number of cells in the group; ``approx_mean``, the sum divided by `k`,
+        as if that number were not known.
+    k
+        Mean number of cells in a group.
+    strata
+        Stratum of each cell, (cells,).
+    name
+        Points are named ``<name>_0001`` and so on, in the order of the groups.
+
+    Returns
+    -------
+    AnnData (groups, genes): CSR ``X``; ``var`` of `cells`; ``obs``: label, dose and whatever else has one value in each
+    stratum, stratum, n_counts (sum of ``X``), members (number of cells) and member_names (read by `member_names`).
+
+    Raises
+    ------
+    UserError
+        Lengths do not fit, a group has no cells or cells of two strata, or a sum exceeds 2^24.
+    """
+    members = _members(cells, groups, strata)
+    pairs = (groups, np.arange(cells.n_obs))
+    indicator = sparse.csr_matrix((np.ones(cells.n_obs), pairs), shape=(len(members), cells.n_obs))
+    counts = indicator @ sparse.csr_matrix(cells.X, dtype=np.float64)
+    counts.sort_indices()  # thinning draws in this order
+    if counts.nnz and counts.data.max() > EXACT:
+        msg = f"A gene has {counts.data.max():,.0f} counts in one point; sums are exact up to {EXACT:,}: lower k."
+        raise UserError(msg)
+    divisor = {"sum": np.ones(len(members)), "mean": members, "approx_mean": np.full(len(members), k)}[how]
+    counts.data /= np.repeat(divisor, np.diff(counts.indptr))
+    order = np.argsort(groups, kind="stable")
+    first = np.cumsum(members) - members  # place in `order` where each group begins
+    names = np.split(cells.obs_names.to_numpy(object)[order], first[1:])
+    obs = _obs(cells, order[first], strata, name).assign(
+        n_counts=np.asarray(counts.sum(axis=1)).ravel(), members=members, member_names=list(map(SEPARATOR.join, names))
+    )
+    return ad.AnnData(counts.astype(np.float32) if how == "sum" else counts, obs=obs, var=cells.var.copy())
+
+
+def one_per_group(
+    cells: ad.AnnData, groups: np.ndarray, *, rng: np.random.Generator, strata: pd.Series, name: str
+) -> ad.AnnData:
+    """Draw one cell of each group: as many points as `aggregate` makes, in the same order, but with one member each.
+
+    Raises
+    ------
+    UserError
+        As `aggregate`.
+    """
+    _members(cells, groups, strata)
+    order = rng.permutation(cells.n_obs)
+    rows = order[np.unique(groups[order], return_index=True)[1]]
+    counts = sparse.csr_matrix(cells.X[rows], dtype=np.float32)
+    obs = _obs(cells, rows, strata, name).assign(
+        n_counts=np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel(),
+        members=1,
+        member_names=cells.obs_names.to_numpy(object)[rows],
+    )
+    return ad.AnnData(counts, obs=obs, var=cells.var.copy())
+
+
+def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator) -> ad.AnnData:
+    """Thin summed counts, so that a point has about the total count of a single cell.
+
+    Each molecule of a point is kept with probability min(1, depth / total), so a count c becomes Binomial(c, that); the
+    new total is `depth` on average, not exactly.
+
+    Parameters
+    ----------
+    points
+        From `aggregate`, as sums.
+    depths
+        Total count aimed at for each point, such as ``n_counts`` of `one_per_group` for the same groups; (points,).
+
+    Returns
+    -------
+    A copy of `points` with thinned ``X`` (float32) and the new ``obs["n_counts"]``.
+
+    Raises
+    ------
+    UserError
+        Lengths do not fit, a depth is negative or missing, or ``X`` has values that are not whole, as means do.
+    """
+    depths = np.asarray(depths, dtype=float)
+    if depths.shape != (points.n_obs,) or not (depths >= 0).all():
+        msg = f"There are {points.n_obs} points and {depths.size} depths; give each point one, of 0 or more."
+        raise UserError(msg)
+    counts = sparse.csr_matrix(points.X, dtype=np.float64, copy=True)  # eliminate_zeros works in place
+    if (counts.data != np.floor(counts.data)).any():
+        msg = "Only whole counts can be thinned, and these points are means; thin their sums, which have the same tokens."
+        raise UserError(msg)
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    kept = np.minimum(1, depths / np.maximum(totals, 1))
+    counts.data = rng.binomial(counts.data.astype(np.int64), np.repeat(kept, np.diff(counts.indptr))).astype(float)
+    counts.eliminate_zeros()
+    thinned = points.copy()
+    thinned.X = counts.astype(np.float32)
+    thinned.obs["n_counts"] = np.asarray(counts.sum(axis=1)).ravel()
+    return thinned
+
+
+def member_names(points: ad.AnnData) -> list[list[str]]:
+    """Return the names of the cells that each point is made of; none for a point whose ``member_names`` is empty."""
+    return [names.split(SEPARATOR) if names else [] for names in points.obs["member_names"]]
+
+
+def shared_columns(cells: ad.AnnData, strata: pd.Series) -> pd.DataFrame:
+    """Return the obs columns with one value in each stratum, such as label and dose, which made cells take over."""
+    columns = cells.obs.drop(columns=["n_counts", "mito_share"], errors="ignore")
+    return columns.loc[:, columns.groupby(strata.to_numpy(), observed=True).nunique(dropna=False).eq(1).all()]
+
+
+def _members(cells: ad.AnnData, groups: np.ndarray, strata: pd.Series) -> np.ndarray:
+    """Check that cells, groups and strata fit each other; return the number of cells in each group, (groups,)."""
+    if not cells.n_obs == len(groups) == len(strata):
+        msg = (
+            f"There are {cells.n_obs} cells, {len(groups)} group numbers and {len(strata)} strata; make groups and "
+            "strata of the very cells that are aggregated."
+        )
+        raise UserError(msg)
+    members = np.bincount(groups)
+    if not members.all():
+        msg = f"Group {np.argmin(members)} has no cells; number groups 0, 1, 2, ... as group_cells does."
+        raise UserError(msg)
+    mixed = pd.Series(strata.to_numpy()).groupby(groups).nunique() > 1
+    if mixed.any():
+        msg = f"Group {mixed.idxmax()} has cells of more than one stratum; make the groups with group_cells."
+        raise UserError(msg)
+    return members
+
+
+def _obs(cells: ad.AnnData, rows: np.ndarray, strata: pd.Series, name: str) -> pd.DataFrame:
+    """Make the obs of points from one member of each: what has one value in each stratum, and the stratum."""
+    obs = shared_columns(cells, strata).iloc[rows].assign(stratum=strata.iloc[rows].to_numpy())
+    obs.index = [f"{name}_{number:04d}" for number in range(1, len(rows) + 1)]
+    return obs

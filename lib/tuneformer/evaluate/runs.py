@@ -1,0 +1,156 @@
+"""One run, and one job: all seeds and folds of one arm of one task.
+
+In: the settings of a run. Out: its row of ``runs.csv`` and, in its folder, ``row.json``, ``predictions.parquet`` and
+``history.csv``; a run that is finished is never made again. Of each arm the model of the best seed is kept.
+"""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from tuneformer import paths
+from tuneformer.artifacts import atomic_path, key, made, read_json, write_json
+from tuneformer.data import fetch, qc
+from tuneformer.study import Study, TrainingKeys
+
+if TYPE_CHECKING:
+    from tuneformer.model.fit import Outcome
+
+VERSION = "run.1"
+COST_FREE = ("device", "threads")  # they change what a run costs, and its numbers only by rounding
+
+
+def run_key(settings: Study) -> str:
+    """Return the key of everything that one run depends on: parameters, seed, cells, split, vocabulary and weights."""
+    parameters = {name: value for name, value in settings.keys(TrainingKeys).items() if name not in COST_FREE}
+    inputs = qc.cells_key(settings), fetch.checkpoint_key(settings.checkpoint)
+    return key(VERSION, parameters, settings.seed, settings.fold, *inputs)
+
+
+def run(settings: Study) -> dict[str, Any]:
+    """Make one run: prepare its cells, refuse leaks, train or fit, and score the test cells once.
+
+    Returns
+    -------
+    The row of ``runs.csv``. A run that diverged or lacked memory is a row too, with another status than ``ok``.
+
+    Raises
+    ------
+    UserError
+        The study, its cells or its checkpoint cannot be used.
+    """
+    folder = made(paths.run_dir(settings), run_key(settings), lambda partial: _make(settings, partial))
+    _keep_best_model(settings, folder)
+    return read_json(folder / "row.json")
+
+
+def run_job(settings: Study) -> pd.DataFrame:
+    """Make all runs of one arm and task, seed by seed; return one row per run.
+
+    Each run is kept as soon as it ends, so that a job that was killed goes on where it stopped.
+    """
+    rows, asked = [], settings.runs()
+    for number, one in enumerate(asked, start=1):
+        start = time.perf_counter()
+        rows.append(run(one))
+        judged = f"macro-F1 {rows[-1]['macro_f1']:.3f}" if rows[-1]["status"] == "ok" else rows[-1]["status"]
+        line = f"[{number}/{len(asked)}] {describe(one)}: {judged}, {time.perf_counter() - start:.1f} s"
+        print(line, file=sys.stderr, flush=True)
+    return pd.DataFrame(rows)
+
+
+def job_path(settings: Study) -> Path:
+    """Return the table that a job writes last: it alone proves that the job is finished."""
+    return paths.executed_path("05", settings).with_suffix(".csv")
+
+
+def finish_job(settings: Study, rows: pd.DataFrame) -> Path:
+    """Write the rows of a job, whole or not at all; return the file."""
+    with atomic_path(job_path(settings)) as partial:
+        rows.to_csv(partial, index=False)
+    return job_path(settings)
+
+
+def finished_job(settings: Study) -> pd.DataFrame | None:
+    """Return the rows of a job if it is finished and nothing that it depends on has changed."""
+    path = job_path(settings)
+    if not path.is_file():
+        return None
+    rows = pd.read_csv(path, dtype={"key": str})
+    return rows if list(rows["key"]) == [run_key(one) for one in settings.runs()] else None
+
+
+def describe(settings: Study) -> str:
+    """Return the name of a run as progress lines show it."""
+    fold = "" if settings.fold is None else f" fold {settings.fold}"
+    return f"{settings.task} {settings.arm} seed {settings.seed}{fold}"
+
+
+def _make(settings: Study, folder: Path) -> None:
+    """Make a run in an empty folder."""
+    from tuneformer.cells import make  # seconds of imports that a finished run need not pay
+    from tuneformer.evaluate import leakage
+
+    prepared = make.prepare(settings)
+    leakage.refuse_leaks(prepared, settings)
+    if settings.is_baseline:
+        from tuneformer.model import baselines
+
+        outcome = baselines.fit(settings, prepared)
+    else:
+        from tuneformer.model import fit
+
+        outcome = fit.fit_cells(settings, prepared.tokens)
+    outcome.predictions.to_parquet(folder / "predictions.parquet", index=False)
+    outcome.history.to_csv(folder / "history.csv", index=False)
+    row = row_of(settings, outcome)
+    write_json(folder / "row.json", row)
+    if outcome.model is not None:
+        from tuneformer.model import classifier
+
+        card = {name: row[name] for name in ("study", "task", "arm", "seed", "fold", "n_train", "validation_macro_f1")}
+        card |= {"simulated": settings.simulated, "job": _job_key(settings)}
+        classifier.save(folder / "model", outcome.model, prepared.tokens.vocabulary, outcome.classes, card)
+
+
+def row_of(settings: Study, outcome: "Outcome") -> dict[str, Any]:
+    """Return the row of ``runs.csv`` of one run; what is not known is None."""
+    from tuneformer.evaluate import scores
+
+    row: dict[str, Any] = {"study": settings.study, "task": settings.task, "arm": settings.arm}
+    row |= settings.arm_keys() | {"seed": settings.seed, "fold": settings.fold}
+    for name in ("status", "reason", "n_train", "n_validation", "n_test", "best_epoch"):
+        row[name] = getattr(outcome, name)
+    best = outcome.history["epoch"] == outcome.best_epoch if len(outcome.history) else []
+    row["validation_macro_f1"] = float(outcome.history.loc[best, "validation_macro_f1"].max()) if sum(best) else None
+    if outcome.status == "ok":
+        probabilities = outcome.predictions[[f"probability:{name}" for name in outcome.classes]].to_numpy(float)
+        row |= scores.score(outcome.predictions["label"], probabilities, outcome.classes)
+    row |= outcome.cost | {"key": run_key(settings)}
+    return {name: None if value != value else value for name, value in row.items()}  # NaN is not JSON
+
+
+def _job_key(settings: Study) -> str:
+    """Return the key of a job without its seeds, by which a kept model is known to be of this very arm."""
+    return run_key(settings.at(seed=0, fold=0 if settings.folds else None))
+
+
+def _keep_best_model(settings: Study, folder: Path) -> None:
+    """Move the model of a run to the folder of its arm if it is the best on validation cells so far; else delete it."""
+    from filelock import FileLock
+
+    if not (folder / "model" / "model.json").is_file():
+        return
+    kept = paths.arm_dir(settings) / "model"
+    with FileLock(kept.with_name(".model.lock")):
+        new = read_json(folder / "model" / "model.json")
+        old = read_json(kept / "model.json") if (kept / "model.json").is_file() else {}
+        is_same_job = old.get("job") == new["job"]
+        if not is_same_job or new["validation_macro_f1"] > old["validation_macro_f1"]:
+            with atomic_path(kept) as partial:
+                shutil.copytree(folder / "model", partial)
+        shutil.rmtree(folder / "model")

@@ -1,0 +1,1 @@
+"""What readers see: collected results, tables, figures, the page, and the plan of a study."""

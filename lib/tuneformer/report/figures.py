@@ -1,0 +1,401 @@
+"""Figures of the notebooks and the page, in one style; nothing here judges.
+
+In: tables (history, predictions, `results.Results`). Out: matplotlib figures, and from `save` the files
+``runs/<study>/figures/<name>`` .png, .pdf and .csv, whose bytes depend on the numbers alone.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from tuneformer import paths
+from tuneformer.artifacts import atomic_path, write_text
+from tuneformer.report.tables import COSTS, recalls, score_name
+from tuneformer.study import Study
+
+if TYPE_CHECKING:
+    from tuneformer.report.results import Results
+
+# Okabe & Ito 2008, distinct under every common form of colour blindness; yellow, too pale for lines, comes last.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#F0E442")
+MARKERS = "osD^vPX<>"
+CONTROL = "#777777"
+KINDS = {"fine-tuned": PALETTE[0], "control": CONTROL, "baseline": PALETTE[1]}
+LEGEND_MOST = 12  # names that a legend can hold
+TICKS = {"size": 13, "linewidth": 1.3, "alpha": 0.5, "jitter": False}  # one short line per run
+FEW_CELLS = 10  # a class with fewer test cells than this decides nothing
+WIDE = 20  # ratio of values above which an axis is logarithmic
+BARS = {"estimator": "median", "errorbar": ("pi", 100)}  # of (low, mean, high): the mean, with bars from low to high
+
+
+def set_style() -> None:
+    """Set fonts, colours and sizes of every later figure."""
+    rc = {
+        "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
+        "axes.titlesize": 12, "axes.labelsize": 11, "figure.dpi": 90, "figure.titlesize": 13, "grid.color": "#e3e3e3",
+        "grid.linewidth": 0.8, "legend.fontsize": 10, "legend.frameon": False, "pdf.fonttype": 42, "savefig.dpi": 160,
+        "xtick.labelsize": 10, "ytick.labelsize": 10,
+    }  # fmt: skip
+    sns.set_theme(context="notebook", style="ticks", palette=list(PALETTE), font="DejaVu Sans", rc=rc)
+
+
+def titled(text: str, *, simulated: bool) -> str:
+    """Return a title that says so when the numbers below it are simulated."""
+    return f"{text} (simulated)" if simulated else text
+
+
+def save(figure: Figure, settings: Study, name: str, data: pd.DataFrame | None = None) -> list[str]:
+    """Write a figure of a study as png and pdf and, if given, the table it was drawn from as csv.
+
+    Each file is written whole or not at all and carries no date, so that the same numbers give the same bytes.
+
+    Returns
+    -------
+    The files, as messages show them.
+    """
+    stem = paths.RUNS / settings.study / "figures" / name
+    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+    for ending, hidden in metadata.items():
+        with atomic_path(stem.with_name(f"{name}.{ending}")) as partial:
+            figure.savefig(partial, metadata=hidden)
+    if data is not None:
+        write_text(stem.with_name(f"{name}.csv"), data.to_csv(index=False, lineterminator="\n"))
+    endings = [*metadata, "csv"] if data is not None else metadata
+    return [paths.shown(stem.with_name(f"{name}.{ending}")) for ending in endings]
+
+
+# --- the results of a study (06) ---
+
+
+def arm_scores(results: "Results", *, tasks: list[str] | None = None, reference: float | None = None) -> Figure:
+    """Draw every run of every arm, with mean and interval as the answer has them, one panel per task.
+
+    A filled diamond: a declared contrast calls this arm higher or lower than its reference.
+
+    Parameters
+    ----------
+    reference
+        A score to compare with, such as that of the best possible classifier: a dashed line.
+    """
+    answer = results.answer
+    asked = [task for task in answer["tasks"] if tasks is None or task["task"] in tasks]
+    order = [arm["arm"] for arm in asked[0]["arms"]]
+    figure, axes = _panels(len(asked), 0.8 + 0.3 * len(order), names=order)
+    for ax, task in zip(axes, asked, strict=True):
+        arms = pd.DataFrame(task["arms"])
+        kind = np.select([arms["is_baseline"], arms["is_control"]], ["baseline", "control"], "fine-tuned")
+        kinds = dict(zip(arms["arm"], kind, strict=True))
+        clear = {one["arm"] for one in task["contrasts"] if one["verdict"] in ("higher", "lower")}
+        runs = results.runs[results.runs["task"] == task["task"]]
+        look = {"order": order, "palette": KINDS, "legend": False, "ax": ax}
+        sns.stripplot(runs, x=answer["score"], y="arm", hue=runs["arm"].map(kinds), marker="|", **TICKS, **look)
+        for is_clear in (False, True):
+            bars = _low_mean_high(arms[arms["arm"].isin(clear) == is_clear])
+            if len(bars):
+                face = {} if is_clear else {"markerfacecolor": "white"}
+                points = {"markers": "D", "markersize": 7, "linestyle": "none", "err_kws": {"linewidth": 2.2}, **BARS}
+                sns.pointplot(bars, x="value", y="arm", hue=bars["arm"].map(kinds), **points, **face, **look)
+        if reference is not None:
+            ax.axvline(reference, color="black", linestyle="--", linewidth=1.2)
+        ax.set(xlabel=score_name(answer["score"]), ylabel="", title=task["task"])
+    shown = [kind for kind in KINDS if kind in {*kinds.values()}]
+    handles = [Line2D([], [], color=KINDS[kind], marker="D", linewidth=2.2, label=kind) for kind in shown]
+    _head(figure, "Test score of every arm", results, handles=handles)
+    key = "Ticks: runs. Diamond and line: mean and 95 % interval; filled where a contrast finds it higher or lower."
+    _foot(figure, key)
+    return figure
+
+
+def contrast_differences(results: "Results") -> Figure:
+    """Draw the declared contrasts: difference and interval of each, filled where it is clear, grey where the same.
+
+    The band is the margin within which two arms count as the same.
+    """
+    answer = results.answer
+    looks = {"higher": PALETTE[0], "lower": PALETTE[1], "same": PALETTE[2], "not decided": CONTROL}
+    rows = pd.DataFrame([{**one, "task": task["task"]} for task in answer["tasks"] for one in task["contrasts"]])
+    rows["label"] = rows["contrast"] + ": " + rows["arm"] + " - " + rows["reference"]
+    rows["mean"] = rows["difference"]
+    order, names = list(rows["label"].unique()), list(rows["task"].unique())
+    figure, axes = _panels(len(names), 0.8 + 0.34 * len(order), names=order)
+    for ax, task in zip(axes, names, strict=True):
+        ax.axvspan(-answer["margin"], answer["margin"], color="#f0f0f0", zorder=0)
+        ax.axvline(0, color="black", linewidth=1)
+        for verdict, color in looks.items():
+            bars = _low_mean_high(rows[(rows["task"] == task) & (rows["verdict"] == verdict)])
+            if len(bars):
+                face = {"markerfacecolor": "white"} if verdict == "not decided" else {}
+                points = {"markers": "o", "markersize": 7, "linestyle": "none", "err_kws": {"linewidth": 2.2}, **BARS}
+                sns.pointplot(bars, x="value", y="label", order=order, color=color, ax=ax, **points, **face)
+        ax.set(xlabel=f"Difference in {score_name(answer['score'])}", ylabel="", title=task)
+        ax.set_yticks(range(len(order)), order)
+        ax.set_ylim(len(order) - 0.5, -0.5)
+    handles = [
+        Line2D([], [], color=looks[name], marker="o", label=name) for name in looks if name in set(rows["verdict"])
+    ]
+    _head(figure, "What was asked", results, handles=handles)
+    _foot(figure, f"Lines: 95 % interval. Grey band: within {answer['margin']:g}, which counts as the same.")
+    return figure
+
+
+def by_columns(results: "Results") -> Figure:
+    """Draw the columns that the study's key `figure` names: y against x, one line or colour per hue.
+
+    A number on x gives lines, anything else points. Arms that have no x are horizontal lines. The intervals are the
+    answer's; a y that the answer does not judge has none.
+    """
+    wanted = results.settings.figure
+    x, hue, y = wanted["x"], wanted.get("hue"), wanted.get("y", results.answer["score"])
+    runs = results.runs[results.runs[y].notna()]
+    judged = y == results.answer["score"]
+    columns = [name for name in dict.fromkeys((x, hue)) if name]
+    tasks = [task["task"] for task in results.answer["tasks"]]
+    figure, axes = _panels(len(tasks), 3.6, width=5.0)
+    levels = list(runs.loc[runs[x].notna(), hue].unique()) if hue else None
+    for ax, task in zip(axes, results.answer["tasks"], strict=True):
+        of_task = runs[runs["task"] == task["task"]]
+        arms = of_task.groupby("arm", sort=False)[columns].first().join(of_task.groupby("arm")[y].mean().rename("mean"))
+        bars = arms.assign(low=arms["mean"], high=arms["mean"])
+        if judged:
+            bars = arms[columns].join(pd.DataFrame(task["arms"]).set_index("arm")[["low", "mean", "high"]])
+        look = {"x": x, "hue": hue, "hue_order": levels, "palette": list(PALETTE)[: len(levels)] if levels else None}
+        points = _low_mean_high(bars[bars[x].notna()].reset_index())
+        if pd.api.types.is_numeric_dtype(points[x]):
+            sns.scatterplot(of_task, y=y, s=18, alpha=0.35, linewidth=0, legend=False, ax=ax, **look)
+            lines = {"style": hue, "markers": True, "dashes": False, "err_style": "bars", "err_kws": {"capsize": 3}}
+            sns.lineplot(points, y="value", ax=ax, **lines, **look, **BARS)
+            _number_axis(ax, points[x])
+        else:
+            sns.stripplot(of_task, y=y, dodge=bool(hue), marker="_", legend=False, ax=ax, **TICKS, **look)
+            dodge = {"dodge": 0.8 - 0.8 / len(levels)} if hue and len(levels) > 1 else {}
+            sns.pointplot(points, y="value", linestyle="none", markers="D", ax=ax, **dodge, **look, **BARS)
+        for (name, row), style in zip(
+            bars[bars[x].isna()].iterrows(), ("--", ":", "-.", (0, (6, 2))) * 9, strict=False
+        ):
+            ax.axhline(row["mean"], color=CONTROL, linestyle=style, linewidth=1.3, label=name)
+        ax.set(xlabel=score_name(x), ylabel=score_name(y), title=task["task"])
+    handles, labels = axes[0].get_legend_handles_labels()
+    for ax in axes:
+        if ax.get_legend():
+            ax.get_legend().remove()
+    figure.legend(handles, labels, loc="outside right center", title=score_name(hue) if hue else None)
+    _head(figure, f"{score_name(y)} by {score_name(x).lower()}", results)
+    _foot(figure, "Faint dots: runs. Lines: means" + (", with the 95 % interval." if judged else "."))
+    return figure
+
+
+def class_recalls(results: "Results", task: str) -> Figure:
+    """Draw the mean recall of each class (columns, with their test cells) under each arm (rows, best first)."""
+    of_task = next(one for one in results.answer["tasks"] if one["task"] == task)
+    table = recalls(results.runs, task)
+    table = table.loc[[arm["arm"] for arm in of_task["arms"] if arm["arm"] in table.index]]
+    cells = of_task["test_cells"]
+    few = {name for name, number in cells.items() if number < FEW_CELLS}
+    names = [f"{name}{' *' if name in few else ''}\n{cells.get(name, 0):,} cells" for name in table]
+    figure, ax = plt.subplots(figsize=(3.4 + 0.85 * table.shape[1], 1.7 + 0.32 * len(table)), layout="constrained")
+    look = {"cmap": "Blues", "vmin": 0, "vmax": 1, "annot": True, "fmt": ".2f", "linewidths": 1}
+    sns.heatmap(table.set_axis(names, axis=1), cbar_kws={"label": "Recall"}, annot_kws={"size": 9}, ax=ax, **look)
+    _plain_heatmap(ax)
+    ax.set(ylabel="", xlabel="")
+    _head(figure, f"{task}: share of each class that is found", results)
+    if few:
+        _foot(figure, f"* fewer than {FEW_CELLS} test cells: says little.")
+    return figure
+
+
+def cost_and_score(results: "Results") -> Figure:
+    """Draw the score of every run against what it cost: rows are costs, columns are tasks."""
+    score, runs = results.answer["score"], results.runs
+    costs = [cost for cost in COSTS if cost in runs and runs[cost].notna().any()]
+    trained = runs[runs[score].notna()].rename(columns={"arm": "Arm", "strategy": "Strategy"})
+    long = trained.melt([score, "task", "Arm", "Strategy"], costs, "cost", "value").query("value > 0")
+    name = "Arm" if long["Arm"].nunique() <= LEGEND_MOST else "Strategy"
+    grid = sns.relplot(
+        long, x="value", y=score, row="cost", col="task", hue=name, style=name, palette=_palette(long[name].unique()),
+        height=2.9, aspect=1.15, s=45, alpha=0.75, linewidth=0, facet_kws={"sharex": "row", "sharey": "col"},
+    )  # fmt: skip
+    for (cost, task), ax in grid.axes_dict.items():
+        _number_axis(ax, long.loc[long["cost"] == cost, "value"], log=True)
+        ax.set(xlabel=COSTS[cost], ylabel=score_name(score), title=task if cost == costs[0] else "")
+        ax.tick_params(labelbottom=True)
+    grid.figure.set_layout_engine("constrained")
+    _head(grid.figure, "What a run costs and what it scores", results)
+    return grid.figure
+
+
+# --- one job (05) ---
+
+
+def training_curves(history: pd.DataFrame, *, title: str) -> Figure:
+    """Draw losses (nats per cell) and validation scores per epoch, one thin line per run.
+
+    Parameters
+    ----------
+    history
+        Column epoch and, where there are several runs, seed and fold; every column with ``loss`` in its name goes to
+        the left, the validation scores to the right.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    losses = [name for name in history if "loss" in name]
+    scores = [name for name in history if name in ("validation_accuracy", "validation_macro_f1")]
+    keys = [key for key in ("seed", "fold") if key in history and history[key].notna().any()]
+    for ax, names, label in zip(axes, (losses, scores), ("Loss (nats per cell)", "Validation score"), strict=True):
+        if names:
+            long = history.melt(["epoch", *keys], names, "measure", "value")
+            long["measure"] = long["measure"].str.removeprefix("validation_" if names is scores else "").map(_words)
+            run = long[keys].astype(str).agg("/".join, axis=1) if keys else None
+            marks = {"marker": "o"} if history["epoch"].nunique() == 1 else {}
+            sns.lineplot(
+                long, x="epoch", y="value", hue="measure", units=run, estimator=None, alpha=0.7, ax=ax, **marks
+            )
+            ax.legend(title=None)
+        ax.set(xlabel="Epoch", ylabel=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def confusion(table: pd.DataFrame, title: str, *, ax: Axes | None = None) -> Figure:
+    """Draw what became of the cells of each class; a row sums to one.
+
+    Parameters
+    ----------
+    table
+        Cells, (true classes, predicted classes), as `tuneformer.evaluate.scores.confusion` counts them.
+    """
+    if ax is None:
+        size = 2.6 + 0.75 * len(table)
+        _, ax = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
+    ax.set_title(title)
+    if table.empty:
+        ax.text(0.5, 0.5, "no predictions", ha="center", va="center")
+        return ax.figure
+    shares = table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
+    look = {"cmap": "Blues", "vmin": 0, "vmax": 1, "annot": True, "fmt": ".2f", "linewidths": 1, "square": True}
+    sns.heatmap(shares, cbar=False, annot_kws={"size": 10 if len(table) <= 5 else 8}, ax=ax, **look)
+    _plain_heatmap(ax)
+    ax.set(xlabel="Predicted class", ylabel="True class")
+    return ax.figure
+
+
+def confidence_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
+    """Draw whether a model is as often right as it is sure, and how right it is where it is surest.
+
+    Parameters
+    ----------
+    predictions
+        Columns label, predicted, and the probability of the predicted class, or of each class.
+    """
+    from sklearn.calibration import CalibrationDisplay
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    if len(predictions):
+        confidence = predictions.filter(regex="^probability").max(axis=1).to_numpy()
+        is_right = (predictions["label"].astype(str) == predictions["predicted"].astype(str)).to_numpy()
+        CalibrationDisplay.from_predictions(is_right, confidence, n_bins=10, name="this model", ax=left)
+        surest = is_right[np.argsort(-confidence, kind="stable")]
+        covered = np.arange(1, len(surest) + 1)
+        right.plot(covered / len(surest), surest.cumsum() / covered, color=PALETTE[0])
+    left.set(xlabel="Confidence (highest probability)", ylabel="Share predicted right", xlim=(0, 1), ylim=(0, 1.02))
+    right.set(xlabel="Share of the cells predicted, the surest first", xlim=(0, 1))
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def roc_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
+    """Draw the ROC curve of each class against the rest, all runs together; classes without test cells are left out.
+
+    Parameters
+    ----------
+    predictions
+        Columns label and ``probability:<class>``.
+    """
+    from sklearn.metrics import RocCurveDisplay
+
+    figure, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    classes = predictions.filter(regex="^probability:").columns
+    for place, column in enumerate(classes):
+        name = column.removeprefix("probability:")
+        truth = predictions["label"].astype(str) == name
+        if truth.any() and not truth.all():
+            look = {"color": PALETTE[place % len(PALETTE)], "linestyle": ("-", "--")[place // len(PALETTE) % 2]}
+            RocCurveDisplay.from_predictions(truth, predictions[column], name=name, curve_kwargs=look, ax=ax)
+    ax.plot([0, 1], [0, 1], color=CONTROL, linestyle=":")
+    ax.set(xlabel="False positive rate", ylabel="True positive rate", title=title)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# --- shared ---
+
+
+def _panels(number: int, height: float, *, names: list[str] = (), width: float = 3.3) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `number` panels side by side that share y, and room for `names` on their left."""
+    left = 0.4 + 0.085 * max(map(len, names), default=4)
+    size = (left + width * number, height + 1.1)
+    figure, axes = plt.subplots(1, number, figsize=size, sharey=bool(names), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def _low_mean_high(table: pd.DataFrame) -> pd.DataFrame:
+    """Return three rows per row, value = low, mean and high, which seaborn draws with `BARS`."""
+    keys = [name for name in table if name not in ("low", "mean", "high")]
+    return table.melt(keys, ["low", "mean", "high"], "end", "value").dropna(subset=["value"])
+
+
+def _palette(names: Iterable[str]) -> dict[str, str]:
+    """Return a colour per name: grey for the control, the palette in turn for the others."""
+    colors = itertools.cycle(PALETTE)
+    return {name: CONTROL if name == "random_init" else next(colors) for name in names}
+
+
+def _words(name: str) -> str:
+    return name.replace("macro_f1", "macro-F1").replace("_", " ")
+
+
+def _number_axis(ax: Axes, values: pd.Series, *, log: bool | None = None) -> None:
+    """Set ticks of a horizontal axis of numbers: at the values if they are few; logarithmic if they are far apart."""
+    places = np.unique(values)
+    if log or (log is None and places[0] > 0 and places[-1] > WIDE * places[0]):
+        ax.set_xscale("log")
+        far = places[-1] > 100 * places[0]
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if far else (1, 2, 5), numticks=6))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(_short_number))
+    if len(places) <= 8:
+        ax.set_xticks(places, [_short_number(place) for place in places])
+
+
+def _short_number(value: float, _place: int = 0) -> str:
+    """Write a tick: 0.5, 20, 5k, 1M."""
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _plain_heatmap(ax: Axes) -> None:
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(ax.get_yticks(), ax.get_yticklabels(), rotation=0)
+
+
+def _head(figure: Figure, title: str, results: "Results", *, handles: Sequence[Line2D] = ()) -> None:
+    """Write the title, and a legend below the panels."""
+    figure.suptitle(titled(title, simulated=results.answer["simulated"]), x=0.01, ha="left")
+    if handles:
+        figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
+
+
+def _foot(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=10)

@@ -1,0 +1,119 @@
+"""Tables for readers, rounded, of what ``answer.json`` and ``runs.csv`` say.
+
+In: an answer (see `tuneformer.evaluate.compare.answer`) and rows of ``runs.csv``. Out: tables of text. Nothing here
+judges: every verdict is the answer's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+MISSING = "-"
+LEAST_P = 0.001  # smaller p values are not written out
+SCORES = {"macro_f1": "Macro-F1", "accuracy": "Accuracy", "auc": "AUC", "gene_auc": "AUC over genes"}
+COSTS = {"wall_seconds": "Training time (s)", "trainable_parameters": "Parameters that learn"}
+
+
+def score_name(score: str) -> str:
+    """Return a score or another column of ``runs.csv`` as figures and tables name it."""
+    return SCORES.get(score) or COSTS.get(score) or score.replace(":", " of ").replace("_", " ").capitalize()
+
+
+def with_interval(value: float, low: float, high: float, *, sign: str = "") -> str:
+    """Write a value with its 95 % interval: ``0.512 (0.480 to 0.544)``; without one if there was a single run."""
+    if pd.isna(value):
+        return MISSING
+    text = f"{value:{sign}.3f}"
+    return text if pd.isna(low) or pd.isna(high) else f"{text} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def arms(answer: Mapping[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
+    """List the arms of every task, best first: score with interval, runs (failed ones said), mean time and parameters.
+
+    Returns
+    -------
+    Text, with the columns Task and Arm first.
+    """
+    score = f"{score_name(answer['score'])} (95 % interval)"
+    rows = []
+    for task in answer["tasks"]:
+        of_task = runs[runs["task"] == task["task"]]
+        costs = of_task.reindex(columns=["arm", *COSTS]).groupby("arm").mean()
+        for arm in task["arms"]:
+            n_all = arm["n_runs"] + arm["n_failed"]
+            done = f"{arm['n_runs']} of {n_all}" if arm["n_failed"] else f"{n_all}"
+            row = {"Task": task["task"], "Arm": arm["arm"], score: with_interval(arm["mean"], arm["low"], arm["high"])}
+            seconds, parameters = costs.loc[arm["arm"]] if arm["arm"] in costs.index else (None, None)
+            row |= {"Runs": done, COSTS["wall_seconds"]: MISSING if pd.isna(seconds) else f"{seconds:,.1f}"}
+            row[COSTS["trainable_parameters"]] = MISSING if pd.isna(parameters) else f"{parameters:,.0f}"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def contrasts(answer: Mapping[str, Any]) -> pd.DataFrame:
+    """List what was asked and found: for each task and declared contrast the difference and its verdict, as text."""
+    rows = [
+        {
+            "Task": task["task"],
+            "Contrast": one["contrast"],
+            "Arm": one["arm"],
+            "against": one["reference"],
+            f"Difference in {score_name(answer['score'])} (95 % interval)": with_interval(
+                one["difference"], one["low"], one["high"], sign="+"
+            ),
+            "p (Holm)": _p_value(one["p_holm"]),
+            "Verdict": verdict(one, answer),
+        }
+        for task in answer["tasks"]
+        for one in task["contrasts"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def verdict(contrast: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
+    """Write the verdict of a contrast for readers: the arm is higher or lower, the same, or nothing is decided."""
+    return f"same within {answer['margin']:g}" if contrast["verdict"] == "same" else contrast["verdict"]
+
+
+def folds(runs: pd.DataFrame, predictions: pd.DataFrame, score: str) -> pd.DataFrame:
+    """Summarise a cross-validation: mean and standard deviation over the folds, and accuracy of all cells pooled.
+
+    Returns
+    -------
+    Text, indexed by task and arm; no rows without folds. The seeds of a fold are averaged first.
+    """
+    runs = runs[runs["fold"].notna() & (runs["status"] == "ok")]
+    if runs.empty:
+        return pd.DataFrame()
+    by_fold = runs.groupby(["task", "arm", "fold"], sort=False)[score].mean()
+    spread = by_fold.groupby(["task", "arm"], sort=False).agg(["mean", "std", "count"])
+    right = predictions["label"].astype(str) == predictions["predicted"].astype(str)
+    pooled = right.groupby([predictions["task"].astype(str), predictions["arm"].astype(str)]).mean()
+    shown = pd.DataFrame(index=spread.index)
+    shown[f"{score_name(score)}, mean ± sd over folds"] = [
+        f"{mean:.3f} ± {sd:.3f}" for mean, sd, _ in spread.to_numpy()
+    ]
+    shown["Folds"] = spread["count"]
+    shown["Accuracy, all cells pooled"] = pooled.reindex(spread.index).map("{:.3f}".format)
+    return shown
+
+
+def recalls(runs: pd.DataFrame, task: str) -> pd.DataFrame:
+    """Return the mean recall of each class (columns) under each arm (rows) of a task, over its runs."""
+    of_task = runs[runs["task"] == task]
+    classes = of_task.filter(regex=r"^recall:").dropna(axis=1, how="all")
+    table = classes.groupby(of_task["arm"], sort=False).mean().dropna(how="all")
+    return table.rename(columns=lambda name: name.removeprefix("recall:"))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Write a table of text as Markdown; names cannot break out of their cell."""
+    rows = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+
+
+def _p_value(p: float | None) -> str:
+    if p is None or pd.isna(p):
+        return MISSING
+    return f"< {LEAST_P}" if p < LEAST_P else f"{p:.3f}"
