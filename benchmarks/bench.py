@@ -12,25 +12,24 @@ import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from tuneformer.data import simulate
-from tuneformer.study import paths
-from tuneformer.study.params import load_study
-from tuneformer.tokens.tokenizer import rank_value_encode, task_length
+from tuneformer import paths
+from tuneformer.artifacts import write_json
+from tuneformer.data import fetch, simulate
+from tuneformer.study import load_study
+from tuneformer.tokens import encode
 from tuneformer.tokens.vocabulary import Vocabulary
 
 STUDY, TASK = "demo", "drug_5class"
-STAGES = {
-    "01_qc": [],
-    "02_tokenize": [],
-    "05_finetune_strategies": ["--strategy", "full", "-p", "threads", "1"],
-}
+ONE_RUN = ["-p", "arm", "full", "-p", "seeds", "[0]", "-p", "threads", "1"]
+STAGES = {"01_qc": [], "02_tokenize": [], "05_finetune_strategies": ONE_RUN}
 
 
 def run_stage(notebook: str, options: list[str], runs: Path) -> dict[str, float]:
     """Run one notebook as the batch does; return its seconds and the peak memory of its largest process in MB."""
-    command = [sys.executable, "-m", "tuneformer.study.run", notebook, "--study", STUDY, "--task", TASK, *options]
+    command = [sys.executable, "-m", "tuneformer.run", notebook, STUDY, "-p", "task", TASK, *options]
     start = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | {"TUNEFORMER_RUNS": str(runs)})
     _, status, usage = os.wait4(process.pid, 0)
@@ -44,23 +43,33 @@ def run_stage(notebook: str, options: list[str], runs: Path) -> dict[str, float]
 
 def training_speed(precision: str, attention: str, runs: Path) -> float:
     """Return the training cells per second of a run on one thread, validation included."""
-    options = ["--strategy", "full", "-p", "threads", "1", "-p", "epochs", "2"]
-    run_stage("05_finetune_strategies", [*options, "-p", "precision", precision, "-p", "attention", attention], runs)
-    record = paths.run_dir(load_study(STUDY, task=TASK, strategy="full")).relative_to(paths.RUNS) / "record.json"
-    return round(json.loads((runs / record).read_text(encoding="utf-8"))["cost"]["cells_per_second"], 1)
+    options = ["-p", "epochs", "2", "-p", "precision", precision, "-p", "attention", attention]
+    run_stage("05_finetune_strategies", [*ONE_RUN, *options], runs)
+    table = runs / STUDY / TASK / "full" / "seeds0.csv"
+    return round(float(pd.read_csv(table)["cells_per_second"].iloc[0]), 1)
 
 
 def tokenizer_speed() -> float:
     """Return the cells per second of rank-value encoding, the best of three passes."""
     settings = load_study(STUDY, task=TASK)
     cells = simulate.simulate_sciplex2(settings.demo_cells, seed=settings.demo_seed)
-    vocabulary = Vocabulary.read(paths.checkpoint_dir(settings.checkpoint))
+    vocabulary = Vocabulary.read(fetch.checkpoint_dir(settings.checkpoint))
     passes = []
     for _ in range(3):
         start = time.perf_counter()
-        rank_value_encode(cells, vocabulary, max_length=task_length(settings))
+        encode.encode(cells, vocabulary, max_length=encode.task_length(settings), columns={})
         passes.append(cells.n_obs / (time.perf_counter() - start))
     return round(max(passes))
+
+
+def import_seconds(module: str) -> float:
+    """Return the seconds that a new process takes to import a module, the best of three."""
+    passes = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+        passes.append(time.perf_counter() - start)
+    return round(min(passes), 2)
 
 
 def main() -> None:
@@ -73,6 +82,7 @@ def main() -> None:
             for precision in ("fp32", "bf16")
             for attention in ("sdpa", "eager")
         }
+    modules = ("tuneformer", "tuneformer.study", "tuneformer.model.fit")
     results = {
         "machine": {
             "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
@@ -85,8 +95,9 @@ def main() -> None:
         "stages": stages,
         "tokenizer_cells_per_second": tokenizer_speed(),
         "training_cells_per_second_one_thread": speeds,
+        "import_seconds": {module: import_seconds(module) for module in modules},
     }
-    paths.write_text(paths.ROOT / "benchmarks" / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(paths.ROOT / "benchmarks" / "results.json", results)
     print(json.dumps(results, indent=1))
 
 

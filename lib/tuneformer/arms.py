@@ -16,8 +16,13 @@ from tuneformer.params import refuse_unknown, require_choice
 if TYPE_CHECKING:
     from tuneformer.study import Study
 
-BRACES = re.compile(r"{(\w*)}")
-FITTED = frozenset(keys.TrainingKeys.model_fields) - frozenset(keys.TokensKeys.model_fields) - {"strategy"}
+BRACES = re.compile(r"{([^{}]*)}")
+TAKEN = re.compile(r"cells|made|tokens.*", re.IGNORECASE)
+"""Names of the other folders of a task."""
+METHOD = "|".join(sorted((*keys.STRATEGIES, *keys.BASELINES, *keys.GENE_BASELINES), key=len, reverse=True))
+SAID = re.compile(rf"^(?:{METHOD})(?![A-Za-z0-9])|{keys.CONTROL}")
+"""What the name of an arm says about its strategy: it begins with one, or has the control's name in it."""
+FITTED = frozenset(keys.TrainingKeys.model_fields) - {*keys.TokensKeys.model_fields, "strategy"} | {"steps_of"}
 """Keys of fine-tuning, which a baseline does not read."""
 READ_BY: dict[str, tuple[str, Set[str]]] = {
     "freeze_layers": ("strategy", {"selective"}),
@@ -66,7 +71,7 @@ def expand(
     templates
         Name of an arm, or template of names, to the keys that differ (or null).
     study
-        Values of the study, for {key} in a name whose value is not of the arm itself.
+        Values of the study, for {key} in a name that the arm itself does not set.
     where
         The file, for messages.
     allowed
@@ -95,9 +100,12 @@ def expand(
         if shared:
             msg = f"{here}: all arms of a study share {shared[0]}; set it for the study, or make two tasks of it."
             raise UserError(msg)
-        for name, chosen in _combinations(str(template), own, study, here):
+        for name, chosen in _combinations(str(template), own, study, here, allowed):
             if not re.fullmatch(keys.NAME_PATTERN, name):
                 msg = f"{here}: {name!r} is not a name: use at most 64 letters, digits, _ . and -."
+                raise UserError(msg)
+            if TAKEN.fullmatch(name):
+                msg = f"{here}: another folder beside those of the arms has the name {name!r}; choose another name."
                 raise UserError(msg)
             if name in found:
                 msg = f"{here}: the arm {name!r} is there already; put what differs into its name."
@@ -120,8 +128,8 @@ def expand_contrasts(
 ) -> list[Contrast]:
     """Expand contrasts such as ``fewer steps: [single_cell, single_cell_k{k}_steps]`` to one per fitting arm.
 
-    A {key} that both sides have takes the same value on both; a name without {key} that stands for several contrasts
-    gets the values appended.
+    A {key} that both sides have takes the same value on both, and no arm is compared with itself; a name that stands
+    for several contrasts gets the values that it does not have appended.
 
     Parameters
     ----------
@@ -135,7 +143,7 @@ def expand_contrasts(
     Raises
     ------
     UserError
-        A contrast that is not two arms of the study, or fits none, or compares an arm with itself.
+        A contrast that is not two different arms of the study, or fits none.
     """
     found = []
     for name, pair in templates.items():
@@ -151,15 +159,19 @@ def expand_contrasts(
             (reference, arm, of_reference | of_arm)
             for arm, of_arm in sides[1]
             for reference, of_reference in sides[0]
-            if all(of_arm.get(key, value) == value for key, value in of_reference.items())
+            if reference != arm and all(of_arm.get(key, value) == value for key, value in of_reference.items())
         ]
-        if not pairs or any(reference == arm for reference, arm, _ in pairs):
+        if not pairs:
             msg = f"{here}: {pair[0]} and {pair[1]} have no pair of different arms with the same values."
             raise UserError(msg)
+        places = dict.fromkeys(BRACES.findall(name))
+        for key in places:
+            if key not in pairs[0][2]:
+                msg = f"{here}: neither of its arms has {{{key}}} in the name."
+                raise UserError(msg)
         for reference, arm, values in pairs:
-            title = name.format(**values) if BRACES.search(name) else name
-            if title == name and len(pairs) > 1:
-                title += ", " + ", ".join(f"{key} = {value}" for key, value in values.items())
+            unnamed = {key: value for key, value in values.items() if key not in places} if len(pairs) > 1 else {}
+            title = ", ".join([_filled(name, values), *(f"{key} = {value}" for key, value in unnamed.items())])
             found.append(Contrast(title, reference, arm))
     return found
 
@@ -179,6 +191,17 @@ def refuse_unread(settings: "Study", own: Mapping[str, Any], where: str) -> None
             raise UserError(msg)
 
 
+def refuse_misnamed(settings: "Study", where: str) -> None:
+    """Raise a `UserError` if the name of an arm says one strategy, such as random_init_focal, and it has another."""
+    said = SAID.findall(settings.arm)
+    if said and settings.strategy not in said:
+        msg = (
+            f"{where}: the name says {said[0]}, and the strategy is {settings.strategy}; write strategy: {said[0]}, "
+            "or choose another name."
+        )
+        raise UserError(msg)
+
+
 def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
     """Give the keys whose values do not go together, each with the reason."""
     is_made = settings.train_set != "single_cell"
@@ -186,7 +209,7 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
         "path": (settings.dataset == "own" and not settings.path, "dataset is own, so path must name a file"),
         "folds": (settings.folds == 1, "one fold leaves nothing to train on; set 2 or more, or 0 for one test set"),
         "fold": (
-            (settings.fold or 0) >= max(settings.folds, 1),
+            settings.fold is not None and settings.fold >= settings.folds,
             f"it has to be from 0 to {settings.folds - 1}" if settings.folds else "it has to be null, as folds is 0",
         ),
         "select_values": (
@@ -235,20 +258,23 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
 
 
 def _combinations(
-    template: str, own: Mapping[str, Any], study: Mapping[str, Any], where: str
+    template: str, own: Mapping[str, Any], study: Mapping[str, Any], where: str, allowed: Set[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give the name and keys of each combination of the values that are listed for {key} in a template."""
     places = list(dict.fromkeys(BRACES.findall(template)))
-    refuse_unknown(places, where, keys_of_studies())
+    refuse_unknown(places, where, [key for key in keys_of_studies() if key in allowed])
     for key, value in own.items():
         is_list = "list" in str(keys.TrainingKeys.model_fields[key].annotation)
         if isinstance(value, list) and key not in places and not is_list:
             msg = f"{where}: {key} lists {len(value)} values, so the name has to hold {{{key}}}."
             raise UserError(msg)
+        if value == [] and key in places:
+            msg = f"{where}: {key} lists no values; name at least one."
+            raise UserError(msg)
     values = [own.get(key, study.get(key)) for key in places]
     for chosen in product(*(value if isinstance(value, list) else [value] for value in values)):
         given = dict(zip(places, chosen, strict=True))
-        name = template.format(**{key: _written(value) for key, value in given.items()})
+        name = _filled(template, {key: _written(value) for key, value in given.items()})
         yield name, {**own, **{key: value for key, value in given.items() if key in own}}
 
 
@@ -257,9 +283,14 @@ def _fitting(template: str, arms: Mapping[str, Mapping[str, Any]]) -> list[tuple
     found = []
     for arm, values in arms.items():
         given = {key: _written(values.get(key)) for key in BRACES.findall(template)}
-        if template.format(**given) == arm:
+        if _filled(template, given) == arm:
             found.append((arm, given))
     return found
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """Return a template with each {key} replaced by its value."""
+    return BRACES.sub(lambda place: values[place[1]], template)
 
 
 def _written(value: Any) -> str:

@@ -116,12 +116,10 @@ def read_json(path: Path) -> Any:
     UserError
         It is missing, or no JSON.
     """
-    from tuneformer.paths import shown
-
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        msg = f"{shown(Path(path))} cannot be read ({error}); delete it and run the command that makes it again."
+        msg = f"{os.path.relpath(path)} cannot be read ({error}); delete it and run the command that makes it again."
         raise UserError(msg) from error
 
 

@@ -8,22 +8,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tuneformer.model.strategies import STRATEGIES  # light: it imports no torch
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
-Strategy = Literal[
-    "full",
-    "linear_probe",
-    "selective",
-    "lp_ft",
-    "gradual_last_to_first",
-    "gradual_first_to_last",
-    "layerwise_lr_decay",
-    "lora",
-    "random_init",
-]
 Baseline = Literal["majority", "logistic_counts", "logistic_ranks", "knn_pca", "frozen_embedding_ridge"]
 GeneBaseline = Literal["expression", "frozen_embedding", "frozen_context"]
-STRATEGIES, BASELINES, GENE_BASELINES = get_args(Strategy), get_args(Baseline), get_args(GeneBaseline)
+BASELINES, GENE_BASELINES = get_args(Baseline), get_args(GeneBaseline)
 CONTROL = "random_init"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -142,7 +133,7 @@ class TokensKeys(TrainSetKeys):
 class TrainingKeys(TokensKeys):
     """Fine-tuning (05_finetune_strategies)."""
 
-    strategy: Strategy | Baseline | GeneBaseline = _key(
+    strategy: Literal[tuple(STRATEGIES)] | Baseline | GeneBaseline = _key(
         "full", "what learns when, or a baseline; an arm's name sets it"
     )
     pooling: Literal["first", "mean"] = _key(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuneformer.artifacts import UserError, key
+from tuneformer.keys import TokensKeys
 
 if TYPE_CHECKING:
     from tuneformer.study import Study
@@ -81,8 +82,6 @@ def tokens_dir(settings: "Study") -> Path:
 
 def made_dir(settings: "Study") -> Path:
     """Return the folder of the made cells of one run, which all arms with the same keys for it share."""
-    from tuneformer.study import TokensKeys
-
     number = key(settings.keys(TokensKeys), settings.seed, settings.fold)
     return task_dir(settings) / "made" / f"{settings.train_set}_{number[:8]}"
 

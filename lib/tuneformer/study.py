@@ -93,7 +93,8 @@ class Study(AskedKeys, TrainingKeys, GenesKeys, CompressionKeys, PretrainingKeys
 
     def with_arm(self, arm: str) -> "Study":
         """Return the settings of another arm of the same task."""
-        return load_study(self.study, **{**self._loaded_with, "task": self.task, "arm": arm})
+        place = {key: getattr(self, key) for key in ("task", "seeds", "seed", "fold")}
+        return load_study(self.study, **{**self._loaded_with, **place, "arm": arm})
 
     def at(self, **place: int | None) -> "Study":
         """Return the settings of another seed and fold of the same arm, such as ``at(seed=1, fold=None)``."""
@@ -116,11 +117,13 @@ ARM_KEYS = frozenset(TrainingKeys.model_fields) - frozenset(CellsKeys.model_fiel
 """Keys in which arms may differ: all of them get the same cells, task and split."""
 UNDER_REFERENCE = frozenset({"task", "arm", "seed", "fold", "seeds", "threads", "device"})
 """What a run may change and still be checked against ``expected_macro_f1`` of its study."""
+RESOLVED = frozenset({"arms", "tasks", "task", "arm"})
+"""What `load_study` works out, and does not take as it is written."""
 MAIN = "demo"
 NAMED = {
     "cells": (*STRATEGIES, *BASELINES),
     "genes": (*STRATEGIES, *GENE_BASELINES),
-    "compression": STRATEGIES,
+    "compression": tuple(STRATEGIES),
 }
 """By kind of study, the strategies and baselines that an arm may have; an arm of such a name needs no keys."""
 
@@ -146,15 +149,16 @@ def load_study(name: str, **changes: Any) -> Study:
         Unknown or duplicate key, wrong type, bad name, or an arm that sets a key which it does not read; the message
         names file, key and the nearest valid key.
     """
-    file = params.file_of(name)
-    own = params.read(file)
-    params.refuse_unknown(own, f"params/{name}.yaml", Study.model_fields)
-    params.refuse_unknown(changes, f"the changes of a run of {name}", Study.model_fields)
-    values = {key: field.default for key, field in Study.model_fields.items()}
-    values |= {"study": name, "tasks": own.get("tasks") or [name], "task": changes.get("task") or own.get("task")}
-    params.require_list(values["tasks"], f"params/{name}.yaml", "tasks")
-    values["task"] = values["task"] or values["tasks"][0]
-    params.require_choice(values["task"], values["tasks"], f"params/{name}.yaml", "task")
+    where, on_run = f"params/{name}.yaml", f"the changes of a run of {name}"
+    own = params.read(params.file_of(name))
+    params.refuse_unknown(own, where, Study.model_fields)
+    params.refuse_unknown(changes, on_run, Study.model_fields)
+    values = {key: field.default for key, field in Study.model_fields.items()} | {"study": name}
+    asked = {**own, **{key: value for key, value in changes.items() if value is not None}}
+    values["tasks"] = asked.get("tasks") or [name]
+    params.require_list(values["tasks"], where, "tasks")
+    values["task"] = asked.get("task") or values["tasks"][0]
+    params.require_choice(values["task"], values["tasks"], where, "task")
     from_task = {}
     if values["task"] != name:
         whole = params.read(params.file_of(values["task"]))
@@ -162,34 +166,29 @@ def load_study(name: str, **changes: Any) -> Study:
         from_task = {key: value for key, value in whole.items() if key in TASK_KEYS}
     if set(changes) - UNDER_REFERENCE:  # a reference holds for a study as its files state it
         changes = {"expected_macro_f1": {}, **changes}
-    where = f"params/{name}.yaml"
-    named = NAMED.get(own.get("kind", "cells"), STRATEGIES)
-    values["arms"] = arms.expand(
-        own.get("arms", values["arms"]), {**values, **from_task, **own}, where, ARM_KEYS, named
-    )
-    arm = changes.get("arm") or (changes.get("strategy") if "arm" not in own else None) or own.get("arm")
-    arm = arm or next(iter(values["arms"]))
-    if arm in named and arm not in values["arms"]:
-        values["arms"] = {**values["arms"], arm: {"strategy": arm}}
-    params.require_choice(arm, values["arms"], where, "arm")
+    named = NAMED.get(str(asked.get("kind")), NAMED["cells"])
+    given_arms = asked.get("arms", {arm: None for arm in values["arms"] if arm in named})
+    values["arms"] = arms.expand(given_arms, {**values, **from_task, **own}, where, ARM_KEYS, named)
+    arm = asked.get("arm") or changes.pop("strategy", None) or next(iter(values["arms"]))
+    params.require_choice(arm, dict.fromkeys([*values["arms"], *named]), where, "arm")
+    own_keys = values["arms"].setdefault(arm, {"strategy": arm})
+    if changes.get("strategy") and own_keys.get("strategy", changes["strategy"]) != changes["strategy"]:
+        msg = f"{on_run}: the strategy of the arm {arm} is {own_keys['strategy']}; ask for another arm instead."
+        raise UserError(msg)
     if "contrasts" not in own:  # those of the default that this study's arms allow
         pairs = values["contrasts"].items()
         values["contrasts"] = {name: pair for name, pair in pairs if {*pair} <= values["arms"].keys()}
-    asked, its = changes.get("strategy"), values["arms"][arm].get("strategy")
-    if asked and its and asked != its:
-        msg = f"the changes of a run of {name}: the arm {arm} is of strategy {its}; ask for another arm, not strategy."
-        raise UserError(msg)
-    own_keys = {key: value for key, value in own.items() if key not in ("arms", "tasks", "task", "arm")}
-    given = {key: value for key, value in changes.items() if key not in ("task", "arm")}
     layers = {
         f"params/{values['task']}.yaml": from_task,
-        where: own_keys,
-        f"{where}: arm {arm}": values["arms"][arm],
-        f"the changes of a run of {name}": given,
+        where: {key: value for key, value in own.items() if key not in RESOLVED},
+        f"{where}: arm {arm}": own_keys,
+        on_run: {key: value for key, value in changes.items() if key not in RESOLVED},
     }
     settings = _validated({**values, "arm": arm}, layers)
-    arms.refuse_unread(settings, values["arms"][arm], f"{where}: arm {arm}")
-    settings._loaded_with.update(given)
+    params.require_choice(settings.strategy, named, where, "strategy")
+    arms.refuse_misnamed(settings, f"{where}: arm {arm}")
+    arms.refuse_unread(settings, own_keys, f"{where}: arm {arm}")
+    settings._loaded_with.update(changes)
     return settings
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from tuneformer.artifacts import UserError
+from tuneformer.params import require_choice
 
 SEPARATOR = "\n"  # between the names in obs["member_names"]; a name may contain a space
 EXACT = 2**24  # whole numbers up to here are exact in float32
@@ -35,15 +36,14 @@ def strata(cells: ad.AnnData, dose_column: str | None) -> pd.Series:
         raise UserError(msg)
     if dose_column is None:
         return label.cat.as_unordered().rename("stratum")
-    if dose_column not in cells.obs:
-        msg = f"dose_column: the cells have no obs column {dose_column!r}; use one of {', '.join(cells.obs.columns)}."
-        raise UserError(msg)
+    require_choice(dose_column, cells.obs.columns, "the cells", "dose_column")
     missing = cells.obs_names[cells.obs[dose_column].isna()]
     if len(missing):
         msg = f"dose_column: {len(missing)} cells have no {dose_column!r} (first: {missing[0]}); drop them first."
         raise UserError(msg)
     pairs = cells.obs.groupby(["label", dose_column], observed=True)
-    names = np.array([f"{name} @ {dose:g}" if isinstance(dose, float) else f"{name} @ {dose}" for name, dose in pairs.groups])
+    found = pairs.size().index  # in the order of ngroup
+    names = np.array([f"{name} @ {f'{dose:g}' if isinstance(dose, float) else dose}" for name, dose in found])
     return pd.Series(pd.Categorical(names[pairs.ngroup()], pd.unique(names)), cells.obs_names, name="stratum")
 
 
@@ -97,25 +97,20 @@ def group_cells(strata: pd.Series, *, k: int, spread: float, rng: np.random.Gene
 def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata: pd.Series, name: str) -> ad.AnnData:
     """Make one point of each group of cells.
 
-    Counts are summed in float64. Sums are stored as float32, which holds them exactly up to 2^24; means stay float64:
-    float32 would round them by up to 6e-8, which breaks ties of genes that are tied in the sums, while the 1e-16 of
-    float64 is far below the tolerance of `tuneformer.tokens.encode`, so that all three have the same tokens.
+    Sums are stored as float32, which holds them exactly up to 2^24. Means stay float64: float32 would round them by up
+    to 6e-8, which breaks ties of genes that are tied in the sums; the 1e-16 of float64 is far below the tolerance of
+    `tuneformer.tokens.encode`, so that all three have the same tokens. (scanpy.get.aggregate gives the same sums, but
+    as a dense array: 2.4 GB for 10,000 points of 30,000 genes.)
 
     Source: A. Kuźnicki, bachelor thesis, TU Delft 2024, section 2.2.
 
     Parameters
     ----------
-    cells
-        Raw counts in ``X``; ``obs["label"]``.
-    groups
-        Number of the group of each cell, from `group_cells`; (cells,).
+    groups, k, strata
+        From `group_cells`, and what it was given; (cells,).
     how
         ``sum``; ``mean``, the sum divided by the number of cells in the group; ``approx_mean``, the sum divided by `k`,
         as if that number were not known.
-    k
-        Mean number of cells in a group.
-    strata
-        Stratum of each cell, (cells,).
     name
         Points are named ``<name>_0001`` and so on, in the order of the groups.
 
@@ -198,7 +193,9 @@ def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator) ->
         raise UserError(msg)
     counts = sparse.csr_matrix(points.X, dtype=np.float64, copy=True)  # eliminate_zeros works in place
     if (counts.data != np.floor(counts.data)).any():
-        msg = "Only whole counts can be thinned, and these points are means; thin their sums, which have the same tokens."
+        msg = (
+            "Only whole counts can be thinned, and these points are means; thin their sums, which have the same tokens."
+        )
         raise UserError(msg)
     totals = np.asarray(counts.sum(axis=1)).ravel()
     kept = np.minimum(1, depths / np.maximum(totals, 1))
@@ -224,10 +221,8 @@ def shared_columns(cells: ad.AnnData, strata: pd.Series) -> pd.DataFrame:
 def _members(cells: ad.AnnData, groups: np.ndarray, strata: pd.Series) -> np.ndarray:
     """Check that cells, groups and strata fit each other; return the number of cells in each group, (groups,)."""
     if not cells.n_obs == len(groups) == len(strata):
-        msg = (
-            f"There are {cells.n_obs} cells, {len(groups)} group numbers and {len(strata)} strata; make groups and "
-            "strata of the very cells that are aggregated."
-        )
+        numbers = f"{cells.n_obs} cells, {len(groups)} group numbers and {len(strata)} strata"
+        msg = f"There are {numbers}; make groups and strata of the very cells that are aggregated."
         raise UserError(msg)
     members = np.bincount(groups)
     if not members.all():

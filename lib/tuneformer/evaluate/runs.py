@@ -7,13 +7,14 @@ In: the settings of a run. Out: its row of ``runs.csv`` and, in its folder, ``ro
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from tuneformer import paths
-from tuneformer.artifacts import atomic_path, key, made, read_json, write_json
+from tuneformer.artifacts import atomic_path, key, made, read_json, stored_key, write_json
 from tuneformer.data import fetch, qc
 from tuneformer.study import Study, TrainingKeys
 
@@ -84,10 +85,30 @@ def finished_job(settings: Study) -> pd.DataFrame | None:
     return rows if list(rows["key"]) == [run_key(one) for one in settings.runs()] else None
 
 
+def read_predictions(settings: Study) -> pd.DataFrame:
+    """Read the predictions of the finished runs of a job: arm, seed, fold, cell, label, predicted, probabilities."""
+    return _read(settings, "predictions.parquet", pd.read_parquet)
+
+
+def read_histories(settings: Study) -> pd.DataFrame:
+    """Read the training history of the finished runs of a job: arm, seed, fold, and one row per epoch."""
+    return _read(settings, "history.csv", pd.read_csv)
+
+
 def describe(settings: Study) -> str:
     """Return the name of a run as progress lines show it."""
     fold = "" if settings.fold is None else f" fold {settings.fold}"
     return f"{settings.task} {settings.arm} seed {settings.seed}{fold}"
+
+
+def _read(settings: Study, name: str, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    """Read a file of every finished run of a job; say of which run each row is."""
+    places = [one for one in settings.runs() if stored_key(paths.run_dir(one)) == run_key(one)]
+    parts = [
+        read(paths.run_dir(one) / name).assign(task=one.task, arm=one.arm, seed=one.seed, fold=one.fold)
+        for one in places
+    ]
+    return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
 
 
 def _make(settings: Study, folder: Path) -> None:

@@ -7,9 +7,8 @@ in fine-tuning: the highest macro-F1; of several the lowest log loss, then the f
 model. The test cells are predicted once.
 """
 
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, PredefinedSplit, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
@@ -31,7 +30,9 @@ from threadpoolctl import threadpool_limits
 
 from tuneformer.artifacts import UserError
 from tuneformer.cells.make import Prepared
-from tuneformer.model import classifier, fit as fitting, hardware
+from tuneformer.model import fit as fitting
+from tuneformer.model import hardware
+from tuneformer.model.classifier import Batch, Cells, build, mean_state, predict
 from tuneformer.study import Study
 from tuneformer.tokens.encode import Tokens
 from tuneformer.tokens.vocabulary import TARGET_SUM, gene_ids
@@ -48,8 +49,6 @@ NEIGHBOURS = [100, 50, 20, 10, 5, 3]
 ALPHAS = [1e5, 1e4, 1e3, 1e2, 1e1, 1e0]  # penalty of ridge regression
 TEMPERATURES = [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]
 ITERATIONS = 20_000  # most of L-BFGS; the slowest fit seen on demo cells took 242
-GENE_STRENGTHS = [1e-4, 1e-3, 1e-2, 1e-1, 1e0]
-INNER_FOLDS = 4
 SCORING = {"loss": "neg_log_loss", "accuracy": "accuracy", "macro_f1": "f1_macro"}
 
 Matrix = np.ndarray | sparse.csr_matrix
@@ -81,39 +80,37 @@ def fit(settings: Study, prepared: Prepared) -> fitting.Outcome:
     """
     make_features, make_model, grid = BASELINES[settings.strategy]
     tokens = prepared.tokens
-    table = tokens.dataset.select_columns(["cell", "label", "split"]).to_pandas()
+    table = tokens.dataset.remove_columns("input_ids").to_pandas()
     labels = pd.Categorical(table["label"], tokens.classes).codes.astype(np.int64)
-    train, validation, test = (np.flatnonzero(table["split"] == part) for part in fitting.SPLITS)
-    known = np.concatenate([train, validation])
-    learnt, chosen_by = slice(len(train)), np.repeat([-1, 0], [len(train), len(validation)])
+    rows = fitting.rows_of_splits(settings, tokens)
+    train = rows["train"]
+    known = np.concatenate([train, rows["validation"]])
+    split = PredefinedSplit(np.repeat([-1, 0], [len(train), len(rows["validation"])]))
     hardware.prepare(settings)
     with threadpool_limits(limits=settings.threads), np.errstate(invalid="ignore"):  # PCA where no gene varies: 0 / 0
         wall, cpu = time.perf_counter(), time.process_time()
         features = make_features(settings, prepared, train)
         values = features(known)
         model = make_model((len(train), values.shape[1]), settings.seed)
-        cv = PredefinedSplit(chosen_by)
-        search = GridSearchCV(model, grid, scoring=SCORING, cv=cv, refit=False, return_train_score=True)
-        found = search.set_params(error_score="raise").fit(values, labels[known]).cv_results_
-        history = _history(found)
+        search = GridSearchCV(
+            model, grid, scoring=SCORING, cv=split, refit=False, return_train_score=True, error_score="raise"
+        ).fit(values, labels[known])
+        history = _history(search.cv_results_)
         best = history.sort_values(["validation_macro_f1", "validation_loss"], ascending=[False, True]).index[0]
-        chosen = clone(model).set_params(**found["params"][best]).fit(values[learnt], labels[train])
+        chosen = clone(model).set_params(**search.cv_results_["params"][best])
+        chosen.fit(values[: len(train)], labels[train])
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        probabilities = chosen.predict_proba(features(test))
+        probabilities = chosen.predict_proba(features(rows["test"]))
+    uses_torch = settings.strategy == "frozen_embedding_ridge"
     cost = {"wall_seconds": wall, "cpu_seconds": cpu, "training_cells": len(train)}
-    cost["trainable_parameters"] = _n_coefficients(chosen)
+    cost |= {"trainable_parameters": _n_coefficients(chosen)}
     return fitting.Outcome(
-        status="ok",
-        reason="",
         history=history,
-        best_epoch=int(best) + 1,
-        cost=cost | _device(settings),
+        best_epoch=int(history["epoch"][best]),
+        cost=cost | hardware.used(hardware.device_of(settings.device if uses_torch else "cpu"), "fp64"),
         classes=list(tokens.classes),
-        n_train=len(train),
-        n_validation=len(validation),
-        n_test=len(test),
-        predictions=fitting.predictions_table(tokens, test, probabilities),
-        model=None,
+        **{f"n_{part}": len(rows[part]) for part in fitting.SPLITS},
+        predictions=fitting.predictions_table(table.iloc[rows["test"]], tokens.classes, probabilities),
     )
 
 
@@ -141,15 +138,16 @@ def rank_features(settings: Study, prepared: Prepared, train: np.ndarray) -> Fea
 
     Absent genes have 0. Special tokens are not genes, and genes that no training cell has are left out.
     """
-    tokens = prepared.tokens
-    specials = list(tokens.vocabulary.specials.values())
+    vocabulary, dataset = prepared.tokens.vocabulary, prepared.tokens.dataset.select_columns("input_ids")
 
     def ranks(rows: np.ndarray) -> sparse.csr_matrix:
-        genes = [ids[~np.isin(ids, specials)] for ids in fitting.read_ids(tokens.dataset, rows)]
-        values = [1 - np.arange(len(ids)) / len(ids) for ids in genes]
-        ends = np.cumsum([0, *map(len, genes)])
-        shape = (len(rows), tokens.vocabulary.size)
-        return sparse.csr_matrix((np.concatenate(values), np.concatenate(genes), ends), shape=shape)
+        lists = dataset.with_format("arrow")[rows]["input_ids"].combine_chunks()
+        tokens, cell = lists.flatten().to_numpy(), np.repeat(np.arange(len(rows)), np.diff(lists.offsets))
+        is_gene = ~np.isin(tokens, list(vocabulary.specials.values()))
+        tokens, cell = tokens[is_gene], cell[is_gene]
+        n_genes = np.bincount(cell, minlength=len(rows))
+        place = np.arange(len(cell)) - (np.cumsum(n_genes) - n_genes)[cell]
+        return sparse.csr_matrix((1 - place / n_genes[cell], (cell, tokens)), (len(rows), vocabulary.size))
 
     seen = np.flatnonzero(ranks(train).getnnz(axis=0))
     return lambda rows: ranks(rows)[:, seen]
@@ -157,38 +155,61 @@ def rank_features(settings: Study, prepared: Prepared, train: np.ndarray) -> Fea
 
 def cell_embeddings(settings: Study, prepared: Prepared, train: np.ndarray) -> Features:
     """Prepare embeddings by the checkpoint as it is: the mean of its last hidden states over the tokens of a cell."""
+    bert, bf16 = _frozen(settings, prepared.tokens)
 
-    def embed(rows: np.ndarray) -> np.ndarray:
-        parts, means = [], []
-        for part, _, mask, states in hidden_states(settings, prepared.tokens, rows):
-            parts.append(part)
-            means.append((states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True))  # (batch, hidden)
-        embeddings = torch.cat(means).cpu().numpy()
-        return embeddings[np.argsort(np.concatenate(parts))]
+    def embed(batch: Batch) -> torch.Tensor:
+        states = bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.double()
+        return mean_state(states, batch["attention_mask"])
 
-    return embed
+    pad = prepared.tokens.vocabulary.specials["<pad>"]
+    return lambda rows: predict(bert, Cells(prepared.tokens.dataset, pad, rows=rows), bf16=bf16, forward=embed)
 
 
-def hidden_states(settings: Study, tokens: Tokens, rows: np.ndarray) -> Iterator[tuple]:
-    """Read cells with the checkpoint as it is: no dropout, bf16 where fine-tuning uses it.
+def expression_features(settings: Study, task: "GeneTask", cells: "ad.AnnData") -> np.ndarray:
+    """Describe how genes are expressed in the context cells of their task, by raw counts of these and other cells.
 
-    Yields
-    ------
-    For each batch: which of `rows` it holds, their tokens and mask (batch, length), and the last hidden states, (batch,
-    length, hidden) float64.
+    Returns
+    -------
+    (genes, 6): mean and sd of ln(1 + counts per 10,000); share of the cells with a count; ln of variance / mean of the
+    counts per 10,000; share of the cells with the gene among their tokens, and its mean place there (0: first, 1: last).
     """
-    device = hardware.device_of(settings)
-    transformers.set_seed(settings.seed)  # genes that the checkpoint does not know start as they do in fine-tuning
-    bert = classifier.build(settings, tokens.vocabulary, tokens.classes).bert.to(device).eval()
-    cells = [torch.from_numpy(ids) for ids in fitting.read_ids(tokens.dataset, rows)]
-    order = np.argsort([len(ids) for ids in cells], kind="stable")
-    pad, uses_bf16 = tokens.vocabulary.specials["<pad>"], hardware.trains_in_bf16(settings)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
-        for start in range(0, len(cells), fitting.PREDICTION_BATCH):
-            part = order[start : start + fitting.PREDICTION_BATCH]
-            batch = torch.nn.utils.rnn.pad_sequence([cells[row] for row in part], batch_first=True, padding_value=pad)
-            ids, mask = batch.to(device), (batch != pad).long().to(device)
-            yield part, ids, mask, bert(ids, attention_mask=mask).last_hidden_state.double()
+    context = task.tokens.dataset.select(task.context)
+    part = cells[context["cell"][:]]
+    scaled = normalize(sparse.csr_matrix(part.X, dtype=np.float64), norm="l1") * TARGET_SUM
+    codes = pd.Index(task.genes["gene"]).get_indexer(task.tokens.vocabulary.resolve(gene_ids(part)))
+    known = np.flatnonzero(codes >= 0)  # identifiers of one gene are added up
+    shape = (part.n_vars, len(task.genes))
+    scaled = scaled @ sparse.csr_matrix((np.ones(len(known)), (known, codes[known])), shape=shape)
+    mean, variance = mean_variance_axis(scaled, axis=0)
+    log_mean, log_variance = mean_variance_axis(scaled.log1p(), axis=0)
+    rows = [np.asarray(ids) for ids in context["input_ids"][:]]
+    rank = pd.Series(np.concatenate([np.arange(len(ids)) / len(ids) for ids in rows]))
+    rank = rank.groupby(np.concatenate(rows)).mean().loc[task.genes["token_id"]]
+    in_tokens = task.genes["context_cells"] / part.n_obs
+    detected = scaled.getnnz(axis=0) / part.n_obs
+    return np.column_stack([log_mean, np.sqrt(log_variance), detected, np.log(variance / mean), in_tokens, rank])
+
+
+def gene_embeddings(settings: Study, task: "GeneTask", cells: Any) -> np.ndarray:
+    """Return the checkpoint's embedding of each gene, before it has seen any cell, (genes, hidden)."""
+    bert, _ = _frozen(settings, task.tokens)
+    return bert.embeddings.word_embeddings.weight.detach()[task.genes["token_id"].to_numpy()].double().cpu().numpy()
+
+
+@torch.inference_mode()
+def gene_states(settings: Study, task: "GeneTask", cells: Any) -> np.ndarray:
+    """Return the mean of the checkpoint's last hidden states of each gene over the context cells, (genes, hidden)."""
+    bert, bf16 = _frozen(settings, task.tokens)
+    gene_of = torch.full((bert.config.vocab_size,), -1)
+    gene_of[task.genes["token_id"].to_numpy()] = torch.arange(len(task.genes))
+    sums = torch.zeros(len(task.genes), bert.config.hidden_size, dtype=torch.float64, device=bert.device)
+    pad = task.tokens.vocabulary.specials["<pad>"]
+    with torch.autocast(bert.device.type, torch.bfloat16, enabled=bf16):
+        for _, batch in Cells(task.tokens.dataset, pad, rows=task.context).sorted_batches(bert.device):
+            genes = gene_of.to(bert.device)[batch["input_ids"]]  # (batch, length)
+            states = bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            sums.index_add_(0, genes[genes >= 0], states[genes >= 0].double())
+    return sums.cpu().numpy() / task.genes["context_cells"].to_numpy()[:, None]
 
 
 class Neighbours(KNeighborsClassifier):
@@ -243,9 +264,7 @@ BASELINES = {
         lambda *_: make_pipeline(StandardScaler(), LogisticRegression(max_iter=ITERATIONS)),
         {"logisticregression__C": STRENGTHS},
     ),
-    "logistic_ranks": Baseline(
-        rank_features, lambda *_: LogisticRegression(max_iter=ITERATIONS), {"C": STRENGTHS}
-    ),
+    "logistic_ranks": Baseline(rank_features, lambda *_: LogisticRegression(max_iter=ITERATIONS), {"C": STRENGTHS}),
     "knn_pca": Baseline(
         variable_genes,
         lambda shape, seed: make_pipeline(PCA(min(COMPONENTS, *shape), random_state=seed), Neighbours()),
@@ -257,3 +276,34 @@ BASELINES = {
         {"temperedridge__alpha": ALPHAS, "temperedridge__temperature": TEMPERATURES},
     ),
 }
+
+GENE_FEATURES = {
+    "expression": expression_features,
+    "frozen_embedding": gene_embeddings,
+    "frozen_context": gene_states,
+}
+
+
+def _history(found: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Return one row per point of a grid, in the words of a fine-tuning run."""
+    parameters = pd.DataFrame([{name.split("__")[-1]: value for name, value in one.items()} for one in found["params"]])
+    table = parameters.assign(train_loss=-found["mean_train_loss"], validation_loss=-found["mean_test_loss"])
+    for score in ("accuracy", "macro_f1"):
+        table[f"validation_{score}"] = found[f"mean_test_{score}"]
+    table["seconds"] = found["mean_fit_time"] + found["mean_score_time"]
+    table.insert(0, "epoch", np.arange(1, len(table) + 1))
+    return table
+
+
+def _n_coefficients(model: Any) -> int:
+    steps = [step for _, step in model.steps] if hasattr(model, "steps") else [model]
+    names = ("coef_", "intercept_", "components_", "class_prior_")
+    return int(sum(np.size(getattr(step, name)) for step in steps for name in names if hasattr(step, name)))
+
+
+def _frozen(settings: Study, tokens: Tokens) -> tuple[torch.nn.Module, bool]:
+    """Return the body of the checkpoint as it is, ready to predict, and whether in bf16."""
+    device = hardware.prepare(settings)
+    transformers.set_seed(settings.seed)  # genes that the checkpoint does not know start as they do in fine-tuning
+    model = build(settings.model_copy(update={"strategy": "full"}), tokens.vocabulary, tokens.classes)
+    return model.bert.to(device).eval(), hardware.uses_bf16(device, settings.precision)

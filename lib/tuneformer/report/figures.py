@@ -19,7 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tuneformer import paths
 from tuneformer.artifacts import atomic_path, write_text
-from tuneformer.report.tables import COSTS, recalls, score_name
+from tuneformer.evaluate import scores
+from tuneformer.report.tables import COSTS, score_name
 from tuneformer.study import Study
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def arm_scores(results: "Results", *, tasks: list[str] | None = None, reference:
 
 
 def contrast_differences(results: "Results") -> Figure:
-    """Draw the declared contrasts: difference and interval of each, filled where it is clear, grey where the same.
+    """Draw the declared contrasts, one panel per task: difference and interval of each, open where nothing is decided.
 
     The band is the margin within which two arms count as the same.
     """
@@ -124,7 +125,7 @@ def contrast_differences(results: "Results") -> Figure:
     looks = {"higher": PALETTE[0], "lower": PALETTE[1], "same": PALETTE[2], "not decided": CONTROL}
     rows = pd.DataFrame([{**one, "task": task["task"]} for task in answer["tasks"] for one in task["contrasts"]])
     rows["label"] = rows["contrast"] + ": " + rows["arm"] + " - " + rows["reference"]
-    rows["mean"] = rows["difference"]
+    rows["mean"] = rows["difference"].astype(float)
     order, names = list(rows["label"].unique()), list(rows["task"].unique())
     figure, axes = _panels(len(names), 0.8 + 0.34 * len(order), names=order)
     for ax, task in zip(axes, names, strict=True):
@@ -142,7 +143,7 @@ def contrast_differences(results: "Results") -> Figure:
     handles = [
         Line2D([], [], color=looks[name], marker="o", label=name) for name in looks if name in set(rows["verdict"])
     ]
-    _head(figure, "What was asked", results, handles=handles)
+    _head(figure, "The differences that were asked for", results, handles=handles)
     _foot(figure, f"Lines: 95 % interval. Grey band: within {answer['margin']:g}, which counts as the same.")
     return figure
 
@@ -173,7 +174,7 @@ def by_columns(results: "Results") -> Figure:
             sns.scatterplot(of_task, y=y, s=18, alpha=0.35, linewidth=0, legend=False, ax=ax, **look)
             lines = {"style": hue, "markers": True, "dashes": False, "err_style": "bars", "err_kws": {"capsize": 3}}
             sns.lineplot(points, y="value", ax=ax, **lines, **look, **BARS)
-            _number_axis(ax, points[x])
+            _number_axis(ax, points[x], at_values=True)
         else:
             sns.stripplot(of_task, y=y, dodge=bool(hue), marker="_", legend=False, ax=ax, **TICKS, **look)
             dodge = {"dodge": 0.8 - 0.8 / len(levels)} if hue and len(levels) > 1 else {}
@@ -181,7 +182,7 @@ def by_columns(results: "Results") -> Figure:
         for (name, row), style in zip(
             bars[bars[x].isna()].iterrows(), ("--", ":", "-.", (0, (6, 2))) * 9, strict=False
         ):
-            ax.axhline(row["mean"], color=CONTROL, linestyle=style, linewidth=1.3, label=name)
+            ax.axhline(row["mean"], color=CONTROL, linestyle=style, linewidth=1.3, label=f"arm {name}")
         ax.set(xlabel=score_name(x), ylabel=score_name(y), title=task["task"])
     handles, labels = axes[0].get_legend_handles_labels()
     for ax in axes:
@@ -194,11 +195,12 @@ def by_columns(results: "Results") -> Figure:
 
 
 def class_recalls(results: "Results", task: str) -> Figure:
-    """Draw the mean recall of each class (columns, with their test cells) under each arm (rows, best first)."""
+    """Draw the recall of each class (columns, with their test cells) under each arm (rows, best first)."""
     of_task = next(one for one in results.answer["tasks"] if one["task"] == task)
-    table = recalls(results.runs, task)
-    table = table.loc[[arm["arm"] for arm in of_task["arms"] if arm["arm"] in table.index]]
+    predictions = results.predictions[results.predictions["task"] == task]
+    table = scores.recall_by_class(predictions).pivot(index="arm", columns="label", values="recall")
     cells = of_task["test_cells"]
+    table = table.reindex(index=[arm["arm"] for arm in of_task["arms"] if arm["arm"] in table.index], columns=[*cells])
     few = {name for name, number in cells.items() if number < FEW_CELLS}
     names = [f"{name}{' *' if name in few else ''}\n{cells.get(name, 0):,} cells" for name in table]
     figure, ax = plt.subplots(figsize=(3.4 + 0.85 * table.shape[1], 1.7 + 0.32 * len(table)), layout="constrained")
@@ -224,10 +226,13 @@ def cost_and_score(results: "Results") -> Figure:
         height=2.9, aspect=1.15, s=45, alpha=0.75, linewidth=0, facet_kws={"sharex": "row", "sharey": "col"},
     )  # fmt: skip
     for (cost, task), ax in grid.axes_dict.items():
-        _number_axis(ax, long.loc[long["cost"] == cost, "value"], log=True)
+        _number_axis(ax, long.loc[long["cost"] == cost, "value"], at_values=False)
         ax.set(xlabel=COSTS[cost], ylabel=score_name(score), title=task if cost == costs[0] else "")
         ax.tick_params(labelbottom=True)
+    handles, names = grid.legend.legend_handles, [text.get_text() for text in grid.legend.texts]
+    grid.legend.remove()
     grid.figure.set_layout_engine("constrained")
+    grid.figure.legend(handles, names, loc="outside right center", title=name)
     _head(grid.figure, "What a run costs and what it scores", results)
     return grid.figure
 
@@ -235,28 +240,28 @@ def cost_and_score(results: "Results") -> Figure:
 # --- one job (05) ---
 
 
-def training_curves(history: pd.DataFrame, *, title: str) -> Figure:
+def training_curves(history: pd.DataFrame, *, title: str = "") -> Figure:
     """Draw losses (nats per cell) and validation scores per epoch, one thin line per run.
 
     Parameters
     ----------
     history
         Column epoch and, where there are several runs, seed and fold; every column with ``loss`` in its name goes to
-        the left, the validation scores to the right.
+        the left, the validation scores to the right. A column best_epoch marks the epochs whose weights were kept.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    losses = [name for name in history if "loss" in name]
-    scores = [name for name in history if name in ("validation_accuracy", "validation_macro_f1")]
-    keys = [key for key in ("seed", "fold") if key in history and history[key].notna().any()]
-    for ax, names, label in zip(axes, (losses, scores), ("Loss (nats per cell)", "Validation score"), strict=True):
+    losses = {name: _words(name) for name in history if "loss" in name}
+    rates = {"validation_accuracy": "accuracy", "validation_macro_f1": "macro-F1"}
+    rates = {name: label for name, label in rates.items() if name in history}
+    keys = [key for key in ("seed", "fold", "best_epoch") if key in history and history[key].notna().any()]
+    for ax, names, label in zip(axes, (losses, rates), ("Loss (nats per cell)", "Validation score"), strict=True):
         if names:
-            long = history.melt(["epoch", *keys], names, "measure", "value")
-            long["measure"] = long["measure"].str.removeprefix("validation_" if names is scores else "").map(_words)
+            long = history.melt(["epoch", *keys], names, "measure", "value").replace({"measure": names})
+            look = {"x": "epoch", "y": "value", "hue": "measure", "hue_order": list(names.values()), "ax": ax}
             run = long[keys].astype(str).agg("/".join, axis=1) if keys else None
-            marks = {"marker": "o"} if history["epoch"].nunique() == 1 else {}
-            sns.lineplot(
-                long, x="epoch", y="value", hue="measure", units=run, estimator=None, alpha=0.7, ax=ax, **marks
-            )
+            sns.lineplot(long, units=run, estimator=None, alpha=0.7, **look)
+            if "best_epoch" in keys:
+                sns.scatterplot(long[long["epoch"] == long["best_epoch"]], s=45, legend=False, **look)
             ax.legend(title=None)
         ax.set(xlabel="Epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -293,18 +298,17 @@ def confidence_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
     Parameters
     ----------
     predictions
-        Columns label, predicted, and the probability of the predicted class, or of each class.
+        Columns label and ``probability:<class>``; of several runs, all together. Empty for a run that failed.
     """
-    from sklearn.calibration import CalibrationDisplay
-
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    left.plot([0, 1], [0, 1], color=CONTROL, linestyle="--", linewidth=1.2, label="as sure as right")
     if len(predictions):
-        confidence = predictions.filter(regex="^probability").max(axis=1).to_numpy()
-        is_right = (predictions["label"].astype(str) == predictions["predicted"].astype(str)).to_numpy()
-        CalibrationDisplay.from_predictions(is_right, confidence, n_bins=10, name="this model", ax=left)
-        surest = is_right[np.argsort(-confidence, kind="stable")]
-        covered = np.arange(1, len(surest) + 1)
-        right.plot(covered / len(surest), surest.cumsum() / covered, color=PALETTE[0])
+        shares = predictions.filter(regex="^probability:")
+        given = (predictions["label"], shares.to_numpy(), list(shares.columns.str.removeprefix("probability:")))
+        sns.lineplot(
+            scores.reliability_curve(*given), x="confidence", y="accuracy", marker="o", label="this arm", ax=left
+        )
+        sns.lineplot(scores.coverage_curve(*given), x="coverage", y="accuracy", errorbar=None, ax=right)
     left.set(xlabel="Confidence (highest probability)", ylabel="Share predicted right", xlim=(0, 1), ylim=(0, 1.02))
     right.set(xlabel="Share of the cells predicted, the surest first", xlim=(0, 1))
     figure.suptitle(title, x=0.01, ha="left")
@@ -331,7 +335,8 @@ def roc_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
             RocCurveDisplay.from_predictions(truth, predictions[column], name=name, curve_kwargs=look, ax=ax)
     ax.plot([0, 1], [0, 1], color=CONTROL, linestyle=":")
     ax.set(xlabel="False positive rate", ylabel="True positive rate", title=title)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.get_legend().remove()
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -362,16 +367,15 @@ def _words(name: str) -> str:
     return name.replace("macro_f1", "macro-F1").replace("_", " ")
 
 
-def _number_axis(ax: Axes, values: pd.Series, *, log: bool | None = None) -> None:
-    """Set ticks of a horizontal axis of numbers: at the values if they are few; logarithmic if they are far apart."""
+def _number_axis(ax: Axes, values: pd.Series, *, at_values: bool) -> None:
+    """Make a horizontal axis logarithmic if its values are far apart, and put the ticks at them if asked to."""
     places = np.unique(values)
-    if log or (log is None and places[0] > 0 and places[-1] > WIDE * places[0]):
+    if places[0] > 0 and (places[-1] > WIDE * places[0] or not at_values):
         ax.set_xscale("log")
-        far = places[-1] > 100 * places[0]
-        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if far else (1, 2, 5), numticks=6))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if places[-1] > 100 * places[0] else (1, 2, 5), numticks=6))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(_short_number))
-    if len(places) <= 8:
+    if at_values and len(places) <= 10:
         ax.set_xticks(places, [_short_number(place) for place in places])
 
 
@@ -391,10 +395,10 @@ def _plain_heatmap(ax: Axes) -> None:
 
 
 def _head(figure: Figure, title: str, results: "Results", *, handles: Sequence[Line2D] = ()) -> None:
-    """Write the title, and a legend below the panels."""
+    """Write the title, and a legend on the right."""
     figure.suptitle(titled(title, simulated=results.answer["simulated"]), x=0.01, ha="left")
     if handles:
-        figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside right center")
 
 
 def _foot(figure: Figure, text: str) -> None:

@@ -1,13 +1,234 @@
+"""The results of a study: collected from its runs, read by whatever shows them, published when a maintainer wants that.
+
+In: what the jobs left in ``runs/<study>``. Out: five files in ``runs/<study>/results`` (runs.csv, predictions.parquet,
+history.parquet, answer.json, study.yaml), and copies of them in ``results/<study>`` after `publish`.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
 import pandas as pd
+import yaml
+
+from tuneformer import paths
+from tuneformer.artifacts import UserError, atomic_path, read_json, stored_key, write_json, write_text
+from tuneformer.evaluate import compare
+from tuneformer.evaluate.runs import run_key
+from tuneformer.report import readme
+from tuneformer.study import Study, TaskKeys, jobs, load_study
+
+FILES = ("runs.csv", "predictions.parquet", "history.parquet", "answer.json", "study.yaml")
+PLACE = ["task", "arm", "seed", "fold"]
+PREDICTED = ["cell", "label", "predicted"]
+EPOCH = ["epoch", "train_loss", "validation_loss", "validation_accuracy", "validation_macro_f1", "seconds"]
+PACKAGES = ("tuneformer", "torch", "transformers", "peft", "anndata", "datasets", "numpy", "pandas", "scikit-learn")
 
 
 @dataclass(frozen=True)
 class Results:
-    settings: Any
+    """What was found: the study (its first task and arm), the tables of its runs, and the answer.
+
+    ``runs``: one row per run, with those that failed; ``predictions``: one row per run and test cell; ``history``: one
+    per run and epoch; ``folder``: where they are.
+    """
+
+    settings: Study
     runs: pd.DataFrame
     predictions: pd.DataFrame
     history: pd.DataFrame
-    answer: dict
-    folder: Any
+    answer: dict[str, Any]
+    folder: Path
+
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether they were made here, and do not come with the repository."""
+        return self.folder.is_relative_to(paths.RUNS)
+
+
+def collect(study: str) -> Results:
+    """Collect the finished runs of a study into ``runs/<study>/results``, and compute its answer.
+
+    A run counts if it was made with what it depends on now. The files are replaced together, or not at all.
+
+    Raises
+    ------
+    UserError
+        No run has finished, or the study cannot be used.
+    """
+    asked = [run for job in jobs(study) for run in job.runs()]
+    finished = [run for run in asked if stored_key(paths.run_dir(run)) == run_key(run)]
+    if not finished:
+        msg = (
+            f"Study {study} has no finished run in {paths.shown(paths.RUNS / study)}; run `make report STUDY={study}`."
+        )
+        raise UserError(msg)
+    settings = load_study(study)
+    runs = pd.DataFrame([read_json(paths.run_dir(run) / "row.json") for run in finished])
+    scored = [run for run, status in zip(finished, runs["status"], strict=True) if status == "ok"]
+    predictions = _together([_predictions(run) for run in scored], [*PREDICTED, "probability"])
+    history = _together([_history(run) for run in finished], EPOCH)
+    write(
+        settings,
+        runs=runs,
+        predictions=predictions,
+        history=history,
+        answer=compare.answer(settings, runs, predictions),
+    )
+    print(f"{study}: {len(runs)} of {len(asked)} runs, {(runs['status'] != 'ok').sum()} failed")
+    return read(study)
+
+
+def write(
+    settings: Study, *, runs: pd.DataFrame, predictions: pd.DataFrame, history: pd.DataFrame, answer: dict[str, Any]
+) -> Path:
+    """Write the five files of a study's results, all of them or none; return their folder."""
+    folder = paths.RUNS / settings.study / "results"
+    with atomic_path(folder) as partial:
+        partial.mkdir()
+        runs.to_csv(partial / "runs.csv", index=False, lineterminator="\n")
+        predictions.to_parquet(partial / "predictions.parquet", index=False, compression="zstd")
+        history.to_parquet(partial / "history.parquet", index=False, compression="zstd")
+        write_json(partial / "answer.json", answer)
+        write_text(partial / "study.yaml", yaml.safe_dump(_resolved(settings), sort_keys=False, width=120))
+    return folder
+
+
+def read(study: str) -> Results:
+    """Read the results of a study: those made here, or else those of the repository.
+
+    Raises
+    ------
+    UserError
+        There are none, a file is missing or cannot be read, or the study cannot be used.
+    """
+    settings = load_study(study)
+    folder = paths.results_dir(study)
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        where = paths.shown(folder / missing[0])
+        msg = f"{where} does not exist; run `make report STUDY={study}`, which collects the runs of the study into it."
+        raise UserError(msg)
+    try:
+        runs = pd.read_csv(folder / "runs.csv", dtype={"key": str, "fold": "Int64"}, float_precision="round_trip")
+        predictions = pd.read_parquet(folder / "predictions.parquet")
+        history = pd.read_parquet(folder / "history.parquet")
+        lacking = {*PLACE, "status", "key"} - {*runs}
+    except (OSError, ValueError) as error:
+        msg = f"The results in {paths.shown(folder)} cannot be read ({error}); run `make report STUDY={study}`."
+        raise UserError(msg) from error
+    if lacking or runs.empty:
+        what = f"lacks the columns {', '.join(sorted(lacking))}" if lacking else "has no row"
+        msg = f"{paths.shown(folder / 'runs.csv')} {what}; collect it again: `make report STUDY={study}`."
+        raise UserError(msg)
+    return Results(settings, runs, predictions, history, read_json(folder / "answer.json"), folder)
+
+
+def publish(study: str) -> list[str]:
+    """Copy the results of a study and its pictures into the repository, and write its numbers into ``README.md``.
+
+    Returns
+    -------
+    What was written, as messages show it.
+
+    Raises
+    ------
+    UserError
+        The study has no results that were made here.
+    """
+    results = read(study)
+    if not results.is_of_this_machine:
+        msg = (
+            f"Study {study} was not run here, so it has nothing new to publish; run `make report STUDY={study}` first."
+        )
+        raise UserError(msg)
+    with atomic_path(paths.RESULTS / study) as partial:
+        partial.mkdir()
+        for name in FILES:
+            shutil.copyfile(results.folder / name, partial / name)
+    with atomic_path(paths.FIGURES / study) as partial:
+        partial.mkdir()
+        for picture in sorted((paths.RUNS / study / "figures").glob("*.png")):
+            shutil.copyfile(picture, partial / picture.name)
+    written = [paths.RESULTS / study, paths.FIGURES / study]
+    page = paths.ROOT / "README.md"
+    text = page.read_text(encoding="utf-8")
+    new = readme.with_numbers(text, results.answer, results.runs)
+    if new != text:
+        write_text(page, new)
+        written.append(page)
+    return list(map(paths.shown, written))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Collect or publish the results of a study; end with 2 and one sentence when that cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m tuneformer.report.results", description=main.__doc__)
+    parser.add_argument("action", choices=["collect", "publish"])
+    parser.add_argument("study", help="name of a file in params/, without .yaml")
+    given = parser.parse_args(arguments)
+    try:
+        if given.action == "collect":
+            collect(given.study)
+        else:
+            print(*publish(given.study), sep="\n")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _predictions(run: Study) -> pd.DataFrame:
+    """Read what a run predicted for its test cells; of the probabilities the highest is kept."""
+    table = pd.read_parquet(paths.run_dir(run) / "predictions.parquet")
+    highest = table.filter(like="probability:").max(axis=1).round(3).astype("float32")
+    return table[[*PREDICTED, *table.columns.intersection(["group"])]].assign(probability=highest, **_place(run))
+
+
+def _history(run: Study) -> pd.DataFrame:
+    """Read the epochs of a run; one that failed at once has none."""
+    path = paths.run_dir(run) / "history.csv"
+    table = pd.read_csv(path) if path.stat().st_size > 1 else pd.DataFrame(columns=["epoch"])
+    return table[table.columns.intersection(EPOCH)].assign(**_place(run))
+
+
+def _place(run: Study) -> dict[str, Any]:
+    return {"task": run.task, "arm": run.arm, "seed": run.seed, "fold": run.fold}
+
+
+def _together(parts: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """Put tables below each other, with names as categories; where there are none, an empty one with these columns."""
+    parts = [part for part in parts if len(part)]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*PLACE, *columns])
+    names = table.columns.intersection(["task", "arm", "cell", "label", "predicted", "group"])
+    table = table[[*PLACE, *table.columns.drop(PLACE)]]
+    return table.astype({**dict.fromkeys(names, "category"), "seed": "int64", "fold": "Int64"})
+
+
+def _resolved(settings: Study) -> dict[str, Any]:
+    """Return every key of a study and of its tasks, and what it was run with."""
+    tasks = {task: load_study(settings.study, task=task).keys(TaskKeys) for task in settings.tasks}
+    own = settings.model_dump(mode="json", exclude={"task", "arm", "seed", "fold", *TaskKeys.model_fields})
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {**own, "tasks": tasks, "versions": {"python": platform.python_version(), **versions}, "git": _git_state()}
+
+
+def _git_state() -> dict[str, Any]:
+    """Return the commit and whether files differ from it; None for both outside a git checkout."""
+    command = ["git", "-C", str(paths.ROOT)]
+    try:
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,13 +11,20 @@ import pandas as pd
 
 MISSING = "-"
 LEAST_P = 0.001  # smaller p values are not written out
-SCORES = {"macro_f1": "Macro-F1", "accuracy": "Accuracy", "auc": "AUC", "gene_auc": "AUC over genes"}
+NAMES = {
+    "macro_f1": "Macro-F1",
+    "auc": "AUC",
+    "k": "Cells behind a point (k)",
+    "cells_per_class": "Training cells per class",
+    "train_cells": "Training cells",
+    "share": "Share of synthetic cells",
+}
 COSTS = {"wall_seconds": "Training time (s)", "trainable_parameters": "Parameters that learn"}
 
 
 def score_name(score: str) -> str:
     """Return a score or another column of ``runs.csv`` as figures and tables name it."""
-    return SCORES.get(score) or COSTS.get(score) or score.replace(":", " of ").replace("_", " ").capitalize()
+    return NAMES.get(score) or COSTS.get(score) or score.replace(":", " of ").replace("_", " ").capitalize()
 
 
 def with_interval(value: float, low: float, high: float, *, sign: str = "") -> str:
@@ -97,14 +104,6 @@ def folds(runs: pd.DataFrame, predictions: pd.DataFrame, score: str) -> pd.DataF
     shown["Folds"] = spread["count"]
     shown["Accuracy, all cells pooled"] = pooled.reindex(spread.index).map("{:.3f}".format)
     return shown
-
-
-def recalls(runs: pd.DataFrame, task: str) -> pd.DataFrame:
-    """Return the mean recall of each class (columns) under each arm (rows) of a task, over its runs."""
-    of_task = runs[runs["task"] == task]
-    classes = of_task.filter(regex=r"^recall:").dropna(axis=1, how="all")
-    table = classes.groupby(of_task["arm"], sort=False).mean().dropna(how="all")
-    return table.rename(columns=lambda name: name.removeprefix("recall:"))
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -1,0 +1,1 @@
+"""The judgement: runs and their scores, one rule of comparison, leaks, published numbers."""

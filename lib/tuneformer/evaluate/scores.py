@@ -1,0 +1,258 @@
+"""Scores of one run on its test cells, and the tables behind some of them.
+
+In: the true class and the predicted probabilities of each test cell. Out: how many cells are right (accuracy, macro_f1,
+recall ...), how well they are ranked (macro_auroc ...), whether the probabilities can be believed (log_loss ...), how
+far off doses are; calibration and coverage curves, and counts of true by predicted class.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from tuneformer.artifacts import UserError
+
+CALIBRATION_BINS = 15
+MICROMOLAR = {"p": 1e-6, "n": 1e-3, "u": 1.0, "µ": 1.0, "μ": 1.0, "m": 1e3, "": 1e6}  # Unicode has two signs for micro
+DOSE = re.compile(rf"(?P<number>\d+(\.\d+)?([eE][-+]?\d+)?) ?(?P<prefix>[{''.join(MICROMOLAR)}]?)M")
+
+
+def score(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Score the predictions of one run; the predicted class of a cell is its most probable one.
+
+    Parameters
+    ----------
+    labels
+        True class of each test cell.
+    probabilities
+        (cells, classes), columns in the order of `classes`; a row sums to 1.
+    classes
+        Names of the classes. Where all are doses (see `dose_values`), doses are scored too.
+
+    Returns
+    -------
+    In this order; what cannot be computed is NaN.
+
+    ``accuracy``, ``macro_f1``, ``balanced_accuracy``, ``weighted_f1``
+        Share of cells predicted right; mean F1 and mean recall of the classes that have test cells; mean F1 weighted by
+        the cells of the classes (all as scikit-learn).
+    ``macro_auroc``, ``macro_average_precision``
+        Each class against the rest, ranked by its probability; mean over the classes that have test cells, NaN unless
+        there are two of them.
+    ``log_loss``
+        Nats per cell, at most 36 (probabilities are clipped at the machine epsilon); NaN for a single class.
+    ``expected_calibration_error``
+        Distance of confidence and accuracy over the bins of `reliability_curve`, weighted by their cells (Guo et al.
+        2017, arXiv:1706.04599, equation 3).
+    ``area_under_risk_coverage``
+        Mean over the cells of the share predicted wrong among those predicted at least as confidently (Geifman and
+        El-Yaniv 2017, arXiv:1705.08500): 0 is perfect; confidence that says nothing gives 1 - accuracy.
+    ``quadratic_weighted_kappa``
+        Doses only: agreement beyond chance, where n places off in the order of the doses count n squared.
+    ``mean_absolute_error_log10_dose``
+        Doses only, and only if none is 0 (a vehicle has no logarithm, and to leave its cells out would reward calling a
+        cell vehicle when in doubt): mean distance in powers of ten.
+    ``precision:<class>``, ``recall:<class>``
+        NaN for a class never predicted; NaN for a class without test cells.
+
+    Raises
+    ------
+    UserError
+        No cells, shapes that do not fit, an unknown label, or probabilities that are not probabilities.
+    """
+    from sklearn import metrics
+
+    true, probabilities, classes = _checked(labels, probabilities, classes)
+    predicted = np.asarray(classes)[probabilities.argmax(axis=1)]
+    options = {"labels": classes, "zero_division": np.nan}
+    tested = set(true)
+    found = {
+        "accuracy": metrics.accuracy_score(true, predicted),
+        "macro_f1": metrics.f1_score(true, predicted, average="macro", labels=[c for c in classes if c in tested]),
+        "balanced_accuracy": metrics.recall_score(true, predicted, average="macro", **options),
+        "weighted_f1": metrics.f1_score(true, predicted, average="weighted", **options),
+    }
+    found |= _of_probabilities(true, probabilities, classes)
+    doses = dose_values(classes)
+    if doses is not None:
+        found |= _of_doses(true, predicted, classes, doses)
+    for name, measure in {"precision": metrics.precision_score, "recall": metrics.recall_score}.items():
+        values = measure(true, predicted, average=None, **options)
+        found |= {f"{name}:{one}": value for one, value in zip(classes, values, strict=True)}
+    return {name: float(value) for name, value in found.items()}
+
+
+def dose_values(classes: Sequence[str]) -> np.ndarray | None:
+    """Read the doses that the names of classes state, such as ``0.25 uM`` or ``500 nM``.
+
+    Returns
+    -------
+    Concentrations in uM, in the order of `classes`; None unless each name is a number and a molar unit (pM to M).
+    """
+    found = [DOSE.fullmatch(str(name)) for name in classes]
+    if not all(found):
+        return None
+    return np.array([float(match["number"]) * MICROMOLAR[match["prefix"]] for match in found])
+
+
+def reliability_curve(
+    labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str], bins: int = CALIBRATION_BINS
+) -> pd.DataFrame:
+    """Compare the confidence of the predictions, their highest probability, with how often they are right.
+
+    Source: Guo et al. 2017 (arXiv:1706.04599), section 2. Parameters and errors as `score`.
+
+    Returns
+    -------
+    One row per bin of equal width: ``low`` and ``high`` (a confidence of exactly ``low`` belongs to the bin below),
+    ``cells``, and their mean ``confidence`` and ``accuracy``, NaN in a bin without cells.
+    """
+    confidence, right = _confidence(labels, probabilities, classes)
+    edges = np.linspace(0, 1, bins + 1)
+    cells = pd.DataFrame({"bin": np.digitize(confidence, edges[1:-1], right=True)})
+    by_bin = cells.assign(confidence=confidence, accuracy=right).groupby("bin")
+    counts = by_bin.size().reindex(range(bins), fill_value=0)
+    table = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "cells": counts})
+    return table.join(by_bin[["confidence", "accuracy"]].mean()).rename_axis(index=None)
+
+
+def coverage_curve(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
+    """Say how accurate the predictions are if only the most confident are given, and the model abstains from the rest.
+
+    Parameters and errors as `score`.
+
+    Returns
+    -------
+    One row for each confidence that occurs, falling: ``coverage`` (share of the cells predicted at least as
+    confidently), ``accuracy`` (of these) and ``threshold`` (the confidence). The last row has all cells.
+    """
+    confidence, right = _confidence(labels, probabilities, classes)
+    by_threshold = pd.Series(right).groupby(confidence).agg(["size", "sum"]).sort_index(ascending=False).cumsum()
+    return pd.DataFrame(
+        {
+            "coverage": (by_threshold["size"] / len(right)).to_numpy(),
+            "accuracy": (by_threshold["sum"] / by_threshold["size"]).to_numpy(),
+            "threshold": by_threshold.index.to_numpy(),
+        }
+    )
+
+
+def confusion(predictions: pd.DataFrame, classes: Sequence[str] | None = None) -> pd.DataFrame:
+    """Count test cells by true class (rows) and predicted class (columns).
+
+    Parameters
+    ----------
+    predictions
+        Columns label and predicted, of one run or of several, whose counts are added up.
+    classes
+        In the order wanted; None takes those that occur, sorted.
+    """
+    label, predicted = (predictions[name].astype(str).to_numpy() for name in ("label", "predicted"))
+    classes = sorted({*label, *predicted}) if classes is None else list(classes)
+    table = pd.crosstab(label, predicted).reindex(index=classes, columns=classes, fill_value=0)
+    return table.rename_axis(index="label", columns="predicted").astype(int)
+
+
+def recall_by_class(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Return the recall of each class under each arm, the largest class first, with its interval over test cells.
+
+    Parameters
+    ----------
+    predictions
+        Rows of ``predictions.parquet``. With folds every cell is tested once per seed, so the folds are pooled.
+
+    Returns
+    -------
+    ``task``, ``arm``, ``label``, ``cells`` (distinct test cells), ``recall`` (mean over seeds), and ``low`` and
+    ``high``, the 95 % interval of Wilson 1927 for so many cells: more seeds do not make it narrower. It does not know
+    that cells of one donor are alike.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    names = ["task", "arm", "label", "predicted", "cell"]
+    rows = predictions[names].astype(str)
+    rows = rows.assign(recall=rows["label"] == rows["predicted"])
+    keys = ["task", "arm", "label"]
+    table = rows.groupby(keys, sort=False).agg(cells=("cell", "nunique"), recall=("recall", "mean")).reset_index()
+    right = table["recall"] * table["cells"]
+    table["low"], table["high"] = proportion_confint(right, table["cells"], method="wilson")
+    place = {key: number for number, key in enumerate(dict.fromkeys(zip(table["task"], table["arm"], strict=True)))}
+    table["place"] = [place[key] for key in zip(table["task"], table["arm"], strict=True)]
+    table = table.sort_values(["place", "cells", "label"], ascending=[True, False, True], ignore_index=True)
+    return table.drop(columns="place")
+
+
+def _of_probabilities(true: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> dict[str, float]:
+    """Return the scores that depend on the probabilities, not only on the most probable class."""
+    from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
+
+    numbers = pd.Index(classes).get_indexer(true)
+    is_class = numbers[:, None] == np.arange(len(classes))  # (cells, classes)
+    found = dict.fromkeys(["macro_auroc", "macro_average_precision", "log_loss"], np.nan)
+    present = is_class.any(axis=0)
+    if present.sum() > 1:
+        tested = is_class[:, present], probabilities[:, present]
+        found["macro_auroc"] = roc_auc_score(*tested, average="macro")
+        found["macro_average_precision"] = average_precision_score(*tested, average="macro")
+    if len(classes) > 1:
+        exact = probabilities / probabilities.sum(axis=1, keepdims=True)  # float32 sums to 1 but for its rounding
+        found["log_loss"] = log_loss(numbers, exact, labels=range(len(classes)))
+    bins = reliability_curve(true, probabilities, classes)
+    gap = (bins["confidence"] - bins["accuracy"]).abs()
+    curve = coverage_curve(true, probabilities, classes)
+    added = curve["coverage"].diff().fillna(curve["coverage"])
+    found["expected_calibration_error"] = (gap * bins["cells"]).sum() / len(true)
+    found["area_under_risk_coverage"] = ((1 - curve["accuracy"]) * added).sum()
+    return found
+
+
+def _of_doses(true: np.ndarray, predicted: np.ndarray, classes: list[str], doses: np.ndarray) -> dict[str, float]:
+    """Return the scores that depend on the order and the size of the doses."""
+    from sklearn.metrics import cohen_kappa_score
+
+    ordered = [classes[place] for place in np.argsort(doses, kind="stable")]
+    found = {"quadratic_weighted_kappa": np.nan}
+    if len({*true, *predicted}) > 1:
+        found["quadratic_weighted_kappa"] = cohen_kappa_score(true, predicted, labels=ordered, weights="quadratic")
+    if (doses > 0).all():
+        power = pd.Series(np.log10(doses), index=classes)
+        off = power[true].to_numpy() - power[predicted].to_numpy()
+        found["mean_absolute_error_log10_dose"] = np.abs(off).mean()
+    return found
+
+
+def _confidence(
+    labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the highest probability of each cell, and whether it is that of the true class."""
+    true, probabilities, classes = _checked(labels, probabilities, classes)
+    return probabilities.max(axis=1), np.asarray(classes)[probabilities.argmax(axis=1)] == true
+
+
+def _checked(
+    labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return true labels, probabilities and classes as `score` needs them, or raise `UserError`."""
+    true, classes, probabilities = np.asarray(labels, dtype=str), list(classes), np.asarray(probabilities, dtype=float)
+    if not len(true):
+        msg = "There are no test cells to score; check the split of this task."
+        raise UserError(msg)
+    if probabilities.shape != (len(true), len(classes)):
+        msg = (
+            f"The probabilities have shape {probabilities.shape}, expected ({len(true)}, {len(classes)}): "
+            "one row per test cell, one column per class."
+        )
+        raise UserError(msg)
+    unknown = sorted(set(true) - set(classes))
+    if unknown:
+        msg = f"The test cells have labels that are no class of this run: {', '.join(unknown)}."
+        raise UserError(msg)
+    wrong = ~(np.isclose(probabilities.sum(axis=1), 1, atol=1e-3) & (probabilities >= 0).all(axis=1))
+    if wrong.any():
+        msg = (
+            f"The probabilities of {wrong.sum()} of {len(true)} test cells are negative, NaN or do not sum to 1; "
+            "the training diverged or the scores were not passed through a softmax."
+        )
+        raise UserError(msg)
+    return true, probabilities, classes

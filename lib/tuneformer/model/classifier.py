@@ -1,0 +1,352 @@
+"""A cell classifier on top of a Geneformer: built from a checkpoint, read and written, and asked for predictions.
+
+In: a checkpoint (config.json, model.safetensors), the vocabulary and classes of a task, and tokens. Out: a
+`CellClassifier` with a new head; `Cells`, the batches of a memory-mapped dataset; and the folder of a fitted model.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import tuneformer
+from tuneformer.artifacts import UserError, atomic_path, read_json, write_json
+from tuneformer.data import fetch
+from tuneformer.model import hardware, losses, strategies
+from tuneformer.paths import shown
+from tuneformer.tokens.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import datasets
+
+    from tuneformer.study import Study
+
+GENES = "bert.embeddings.word_embeddings.weight"
+BODY = ("bert.embeddings.", "bert.encoder.")
+PREDICTION_BATCH = 64  # cells; without gradients four times a training batch fits where that does
+
+Batch = dict[str, torch.Tensor]
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class CellClassifier(BertForSequenceClassification):
+    """BERT with a pooler, dropout and a linear layer on top, as `transformers` has it; ``config.pooling`` may be mean.
+
+    With ``first`` the pooler reads the first token, with ``mean`` the mean over the tokens that are not padding.
+    """
+
+    # The loss below is a mean over the batch. Unless told so, the Trainer of transformers 5.23 takes it for a sum and
+    # multiplies loss and gradient by gradient_accumulation_steps.
+    accepts_loss_kwargs = False
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
+        """Return logits (batch, classes) and, given `labels` (batch,), the mean cross-entropy (nats per cell).
+
+        `input_ids` and `attention_mask` (1 for a token, 0 for padding) are (batch, length).
+        """
+        output = self.bert(input_ids, attention_mask=attention_mask)
+        pooled = output.pooler_output  # (batch, hidden)
+        if self.config.pooling == "mean":
+            mean = mean_state(output.last_hidden_state, attention_mask)
+            pooled = self.bert.pooler(mean.unsqueeze(1))  # the pooler reads position 0
+        logits = self.classifier(self.dropout(pooled)).float()
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def mean_state(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean of states (batch, length, hidden) over the tokens that are not padding, (batch, hidden)."""
+    mask = attention_mask.unsqueeze(-1).to(states.dtype)  # (batch, length, 1)
+    return (states * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def build(settings: "Study", vocabulary: Vocabulary, classes: list[str], kind: type[Model] = CellClassifier) -> Model:
+    """Build the classifier of a run with a new head, and the body of its checkpoint if the strategy's plan says so.
+
+    Embeddings of genes and special tokens are copied by name, so that a vocabulary fitted on other cells is served;
+    genes that the checkpoint does not know keep new embeddings. Encoder layers, positions and the normalisation are
+    copied whole. New weights depend on torch's random state alone, so a seed gives the same head to every strategy.
+
+    Parameters
+    ----------
+    settings
+        ``checkpoint``, ``strategy`` (one of `strategies.STRATEGIES`), ``pooling``, ``max_length``, ``loss``,
+        ``attention`` and ``attention_dropout`` are read.
+    kind
+        Class of the model: a BERT whose names begin with ``bert.``.
+
+    Raises
+    ------
+    UserError
+        The strategy is unknown; the checkpoint cannot be fetched; it has no BERT configuration, no weights, or weights
+        with other names or shapes than those of a ``BertForMaskedLM``.
+    """
+    folder = fetch.checkpoint_dir(settings.checkpoint)
+    config = read_config(folder)
+    rows = config.vocab_size
+    config.update(
+        {
+            "vocab_size": max(rows, vocabulary.size),
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+            "pad_token_id": vocabulary.specials["<pad>"],
+            "attention_probs_dropout_prob": settings.attention_dropout,
+            "pooling": settings.pooling,
+            "loss": settings.loss,
+            "tokens_per_cell": settings.max_length or config.max_position_embeddings,
+        }
+    )
+    config._attn_implementation = settings.attention
+    model = kind(config)
+    if strategies.plan_of(settings, config.num_hidden_layers).pretrained:
+        copy_weights(model, folder, vocabulary, rows)
+    return model
+
+
+def transfer_table(settings: "Study", vocabulary: Vocabulary) -> pd.DataFrame:
+    """Say what a run takes over from its checkpoint.
+
+    Returns
+    -------
+    Rows: gene embeddings, encoder layers, pooler and classifier; columns ``from the checkpoint`` and ``new``, numbers.
+    """
+    folder = fetch.checkpoint_dir(settings.checkpoint)
+    genes, layers = vocabulary.genes["ensembl_id"], read_config(folder).num_hidden_layers
+    known = int(genes.isin(Vocabulary.read(folder).genes["ensembl_id"]).sum())
+    kept = strategies.plan_of(settings, layers).pretrained
+    table = pd.DataFrame(
+        {"from the checkpoint": [known * kept, layers * kept, 0]},
+        index=["gene embeddings", "encoder layers", "pooler and classifier"],
+    )
+    table["new"] = [len(genes), layers, 2] - table["from the checkpoint"]
+    return table
+
+
+def read_config(folder: Path) -> BertConfig:
+    """Read the configuration of a checkpoint; UserError if there is none, or it is not that of a BERT."""
+    path = folder / "config.json"
+    try:
+        values, _ = BertConfig.get_config_dict(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        msg = f"{shown(path)} cannot be read; set checkpoint to demo or to the folder of a Geneformer model."
+        raise UserError(msg) from error
+    if values.get("model_type") != "bert":
+        msg = (
+            f"{shown(path)} describes a model of type {values.get('model_type')!r}, but Geneformer is a bert; set "
+            "checkpoint to the folder of a Geneformer model."
+        )
+        raise UserError(msg)
+    return BertConfig.from_dict(values)
+
+
+def copy_weights(model: PreTrainedModel, folder: Path, vocabulary: Vocabulary, rows: int) -> None:
+    """Copy embeddings and encoder from the checkpoint, whose embedding has `rows` rows, into `model`."""
+    path, stored = folder / "model.safetensors", read_weights(folder)
+    own = {name: weight for name, weight in model.named_parameters() if name.startswith(BODY)}
+    missing = [name for name in own if name not in stored]
+    if missing:
+        msg = (
+            f"{shown(path)} lacks {len(missing)} of the {len(own)} weights of the encoder, such as {missing[0]} (it "
+            f"has {next(iter(stored), 'none')}); save the model as a BertForMaskedLM, whose names begin with bert."
+        )
+        raise UserError(msg)
+    expected = {name: tuple(weight.shape) for name, weight in own.items()} | {GENES: (rows, model.config.hidden_size)}
+    for name, shape in expected.items():
+        if tuple(stored[name].shape) != shape:
+            msg = (
+                f"{shown(path)}: {name} has shape {tuple(stored[name].shape)}, but config.json beside it says {shape}; "
+                "take both files from the same source."
+            )
+            raise UserError(msg)
+    theirs = Vocabulary.read(folder)
+    if theirs.size > rows:
+        msg = (
+            f"{shown(folder)}: the vocabulary has tokens up to {theirs.size - 1}, but the model only {rows} "
+            "embeddings; take the vocabulary that belongs to the model."
+        )
+        raise UserError(msg)
+    tables = [
+        pd.concat([side.genes.set_index("ensembl_id")["token_id"], pd.Series(side.specials, dtype="int32")])
+        for side in (theirs, vocabulary)
+    ]
+    source, target = torch.from_numpy(pd.concat(tables, axis=1, join="inner").to_numpy("int64").T.copy())
+    with torch.no_grad():
+        for name, weight in own.items():
+            if name != GENES:
+                weight.copy_(stored[name])
+        own[GENES][target] = stored[GENES][source].to(own[GENES].dtype)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read ``model.safetensors``; UserError if it is missing or damaged."""
+    path = folder / "model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        msg = f"{shown(path)} cannot be read ({error}); copy it again from its source, or make it again."
+        raise UserError(msg) from error
+
+
+class Cells(torch.utils.data.Dataset):
+    """Cells of a memory-mapped dataset, read batch by batch; nothing but their lengths and labels is in memory.
+
+    Parameters
+    ----------
+    dataset
+        With the columns ``input_ids`` and ``length``.
+    pad
+        The pad token.
+    rows
+        Rows of the dataset; a row may be given more than once. None takes all.
+    labels
+        Number of the class of each of `rows`, (cells,); goes into the batches.
+    """
+
+    def __init__(
+        self,
+        dataset: "datasets.Dataset",
+        pad: int,
+        *,
+        rows: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+    ) -> None:
+        self.table = dataset.select_columns(["input_ids"]).with_format("arrow")
+        self.rows = np.arange(len(dataset)) if rows is None else np.asarray(rows)
+        self.lengths = dataset.select_columns(["length"]).to_pandas()["length"].to_numpy()[self.rows]
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.pad = pad
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return len(self.rows)
+
+    def __getitems__(self, places: list[int] | np.ndarray) -> Batch:
+        """Return the cells at some places as a batch, padded on the right to the longest of them.
+
+        input_ids int32 and attention_mask int64, (batch, length), and, if there are any, labels int64, (batch,).
+        """
+        tokens = self.table[self.rows[places]]["input_ids"].combine_chunks()
+        mask = np.arange(self.lengths[places].max()) < self.lengths[places][:, None]
+        ids = np.full(mask.shape, self.pad, dtype=np.int32)
+        ids[mask] = tokens.flatten().to_numpy()  # row after row
+        batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        if self.labels is not None:
+            batch["labels"] = self.labels[places]
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def sorted_batches(self, device: torch.device, batch_size: int = PREDICTION_BATCH) -> Iterator[tuple[Any, Batch]]:
+        """Give all cells once in batches of similar length: the places of each batch, and the batch on a device."""
+        order = np.argsort(self.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            yield places, {name: values.to(device) for name, values in self.__getitems__(places).items()}
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    cells: Cells,
+    *,
+    bf16: bool,
+    forward: Callable[[Batch], torch.Tensor] | None = None,
+    batch_size: int = PREDICTION_BATCH,
+) -> np.ndarray:
+    """Predict cells without dropout, in batches of similar length.
+
+    Parameters
+    ----------
+    model
+        On its device; it is left in evaluation mode.
+    bf16
+        Whether to compute under bf16 autocast.
+    forward
+        From a batch to (batch, columns); None gives the logits of a `CellClassifier`.
+
+    Returns
+    -------
+    (cells, columns), float64, in the order of `cells`.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    parts, places = [], []
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for chosen, batch in cells.sorted_batches(device, batch_size):
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            values = forward(batch) if forward else model(ids, mask).logits
+            parts.append(values.double().cpu().numpy())
+            places.append(chosen)
+    return np.concatenate(parts)[np.argsort(np.concatenate(places))]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fine-tuned model with all that predictions on new cells need; ``card`` says how it was made."""
+
+    model: CellClassifier
+    vocabulary: Vocabulary
+    classes: list[str]
+    card: dict[str, Any]
+
+    def predict(self, dataset: "datasets.Dataset", batch_size: int = PREDICTION_BATCH) -> np.ndarray:
+        """Return the probability of each class, (cells, classes).
+
+        `dataset` has the columns input_ids and length, made with the model's vocabulary and ``card["max_length"]``.
+        bf16 is used if the model was trained in it and the hardware computes it natively.
+        """
+        device = hardware.device_of("auto")
+        cells = Cells(dataset, self.vocabulary.specials["<pad>"])
+        bf16 = self.card["bf16"] and hardware.uses_bf16(device, "auto")
+        logits = predict(self.model.to(device), cells, bf16=bf16, batch_size=batch_size)
+        return losses.probabilities(torch.from_numpy(logits), self.card["loss"]).numpy()
+
+
+def save(folder: Path, model: CellClassifier, vocabulary: Vocabulary, classes: list[str], card: dict[str, Any]) -> None:
+    """Write a fitted model: config.json, model.safetensors, vocabulary.parquet and model.json, whole or not at all.
+
+    transformers reads the folder as it is (``AutoModelForSequenceClassification.from_pretrained``); such a model pools
+    the first token. Adapters of ``lora`` are merged into the model first, in place.
+
+    Parameters
+    ----------
+    card
+        What model.json should say about the run (study, arm, seed). ``classes``, ``max_length``, ``pooling``, ``loss``,
+        ``bf16`` and ``versions`` are added.
+    """
+    strategies.merge_adapters(model)
+    config = model.config
+    card = card | {
+        "classes": classes,
+        "max_length": config.tokens_per_cell,
+        "pooling": config.pooling,
+        "loss": config.loss,
+        "bf16": config.trained_in_bf16,
+        "versions": {"tuneformer": tuneformer.__version__}
+        | {name: version(name) for name in ("torch", "transformers")},
+    }
+    with atomic_path(folder) as partial:
+        partial.mkdir()
+        model.save_pretrained(partial)
+        vocabulary.write(partial)
+        write_json(partial / "model.json", card)
+
+
+def load(folder: Path) -> Fitted:
+    """Read what `save` wrote; UserError if a file is missing or damaged."""
+    card = read_json(folder / "model.json")
+    config = read_config(folder)
+    config._attn_implementation = "sdpa"
+    model = CellClassifier(config)
+    model.load_state_dict(read_weights(folder))
+    return Fitted(model.eval(), Vocabulary.read(folder), card["classes"], card)

@@ -1,0 +1,149 @@
+"""The official Geneformer format (a ``.dataset`` folder), in and out.
+
+In: a data set that the official tokenizer wrote, whose cells enter fine-tuning as they are; or the tokens of a task.
+Out: a dataset as `tuneformer.tokens.encode.encode` makes it; or a folder that the official ``Classifier`` takes: as a
+command, ``python -m tuneformer.tokens.official <study> <folder>``.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tuneformer.artifacts import UserError, atomic_path
+from tuneformer.study import Study, load_study
+from tuneformer.tokens.vocabulary import Vocabulary
+
+CHUNK = 20_000  # cells read at once: official files have 8 bytes per token, which are 300 MB
+RESERVED = ("label", "labels")  # the official classifier wants to name its numbered classes so, and refuses them
+
+
+def read_dataset(
+    path: Path, cells: list[str], vocabulary: Vocabulary, *, max_length: int, columns: Mapping[str, Any]
+) -> datasets.Dataset:
+    """Take the tokens of some cells from a data set in the official format.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    cells
+        Names of the cells: values of the column ``cell``, or row0, row1, ... where it has none.
+    max_length
+        Longer lists are cut; in V2 ``<eos>`` stays at the end.
+    columns
+        Further columns, with one value per cell, which becomes text.
+
+    Raises
+    ------
+    UserError
+        A cell has no token, or a token that the checkpoint does not know; the tokens are those of the other version of
+        Geneformer, with or without ``<cls>`` and ``<eos>``.
+    """
+    stored = datasets.load_from_disk(str(path))
+    names = stored["cell"][:] if "cell" in stored.column_names else [f"row{row}" for row in range(len(stored))]
+    rows = pd.Index(names).astype(str).get_indexer(cells)
+    parts = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = stored.select_columns(["input_ids"]).select(rows[start : start + CHUNK]).with_format("arrow")[:]
+        lists = chunk["input_ids"].combine_chunks().cast(pa.list_(pa.int32()))
+        _refuse_unknown(lists, vocabulary, path)
+        parts.append(_cut(lists, max_length, vocabulary))
+    ids = pa.chunked_array(parts)
+    texts = {name: pa.array(np.asarray(values).astype(str).astype(object)) for name, values in columns.items()}
+    table = {"input_ids": ids, "length": pc.list_value_length(ids).cast(pa.int64()), "cell": cells}
+    return datasets.Dataset(pa.table(table | texts))
+
+
+def write_dataset(settings: Study, dataset: datasets.Dataset, folder: Path) -> Path:
+    """Write tokens for the official ``Classifier``, whole or not at all; return the folder.
+
+    It takes the classes from ``cell_state_dict={"state_key": ...}`` and refuses a column ``label``, which it wants to
+    make itself; here classes and groups are in columns named as in the cells. ``split`` can be given to it as
+    ``split_id_dict={"attr_key": "split", "train": ["train", "validation"], "test": ["test"]}``.
+    """
+    names = {"label": state_column(settings)}
+    if "group" in dataset.column_names:
+        names["group"] = settings.group_by
+    with atomic_path(Path(folder)) as partial:
+        dataset.rename_columns(names).save_to_disk(partial)
+    return Path(folder)
+
+
+def state_column(settings: Study) -> str:
+    """Return the name of the column of classes in what `write_dataset` writes: that of the cells, unless reserved."""
+    return "cell_state" if settings.label in (*RESERVED, "cell", "split", settings.group_by) else settings.label
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the tokens of a study's single cells for the official classifier; end with 2 and one sentence if not."""
+    from tuneformer.tokens import encode  # which reads official data sets with this module
+
+    parser = argparse.ArgumentParser(prog="python -m tuneformer.tokens.official", description=main.__doc__)
+    parser.add_argument("study", help="name of a file in params/, without .yaml")
+    parser.add_argument("folder", type=Path, help="folder to write, such as cells.dataset")
+    parser.add_argument("--task", help="one of the study's tasks; the first if left out")
+    given = parser.parse_args(arguments)
+    try:
+        settings = load_study(given.study, **({"task": given.task} if given.task else {}))
+        dataset = encode.single_cell_tokens(settings).dataset
+        folder = write_dataset(settings, dataset, given.folder)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{folder}: {len(dataset):,} cells, classes in the column {state_column(settings)!r}")
+    return 0
+
+
+def _refuse_unknown(lists: pa.ListArray, vocabulary: Vocabulary, path: Path) -> None:
+    """Refuse cells without tokens, and tokens that are not those of the vocabulary."""
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+    if not lengths.all():
+        msg = f"{path}: {(lengths == 0).sum()} cells have no token; leave them out."
+        raise UserError(msg)
+    tokens = lists.flatten().to_numpy()
+    unknown = ~np.isin(tokens, [*vocabulary.genes["token_id"], *vocabulary.begins_with, *vocabulary.ends_with])
+    if unknown.any():
+        msg = (
+            f"{path}: {unknown.sum():,} of {len(tokens):,} tokens are not in the vocabulary of the checkpoint (such as "
+            f"{tokens[unknown][0]}); set checkpoint to the model for which the data set was tokenized."
+        )
+        raise UserError(msg)
+    ends = np.cumsum(lengths)
+    first, last = tokens[ends - lengths], tokens[ends - 1]
+    if vocabulary.begins_with:
+        bare = (first != vocabulary.begins_with[0]) | (last != vocabulary.ends_with[0])
+        if bare.any():
+            msg = (
+                f"{path}: {bare.sum():,} of {len(bare):,} cells do not begin with <cls> and end with <eos>, as those "
+                "of Geneformer V2 do; set checkpoint to Geneformer-V1-10M, or tokenize the cells for V2."
+            )
+            raise UserError(msg)
+    elif len(first) > 1 and (first == first[0]).all() and (last == last[0]).all():
+        msg = (
+            f"{path}: every cell begins with token {first[0]} and ends with {last[0]}, like the <cls> and <eos> of "
+            "Geneformer V2, which V1 does not have; set checkpoint to a V2 model, or tokenize the cells for V1."
+        )
+        raise UserError(msg)
+
+
+def _cut(lists: pa.ListArray, longest: int, vocabulary: Vocabulary) -> pa.ListArray:
+    """Cut lists after `longest` tokens; the special token at their end stays."""
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    cut = lists.flatten().to_numpy()[place < longest]
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, longest))]).astype(np.int32)
+    if vocabulary.ends_with:
+        cut[offsets[1:] - 1] = vocabulary.ends_with[0]
+    return pa.ListArray.from_arrays(offsets, cut)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
