@@ -62,7 +62,7 @@ class Contrast(NamedTuple):
 
 
 def expand(
-    templates: Mapping[str, Any], study: Mapping[str, Any], where: str, allowed: Set[str], named: Iterable[str]
+    templates: Mapping[str, Any], where: str, allowed: Set[str], named: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
     """Expand templates such as ``pseudobulk_k{k}: {k: [2, 5]}`` to one arm per combination of listed values.
 
@@ -70,8 +70,6 @@ def expand(
     ----------
     templates
         Name of an arm, or template of names, to the keys that differ (or null).
-    study
-        Values of the study, for {key} in a name that the arm itself does not set.
     where
         The file, for messages.
     allowed
@@ -82,8 +80,8 @@ def expand(
     Raises
     ------
     UserError
-        An unknown key or one that all arms share, a list without {key} in the name, or a name that cannot be used or is
-        given twice.
+        An unknown key or one that all arms share, a list without {key} in the name or {key} without a value, or a name
+        that cannot be used or is given twice.
     """
     if not isinstance(templates, Mapping) or not templates:
         msg = f"{where}: arms: write one `name: {{key: value}}` per arm; there is none."
@@ -100,7 +98,7 @@ def expand(
         if shared:
             msg = f"{here}: all arms of a study share {shared[0]}; set it for the study, or make two tasks of it."
             raise UserError(msg)
-        for name, chosen in _combinations(str(template), own, study, here, allowed):
+        for name, chosen in _combinations(str(template), own, here):
             if not re.fullmatch(keys.NAME_PATTERN, name):
                 msg = f"{here}: {name!r} is not a name: use at most 64 letters, digits, _ . and -."
                 raise UserError(msg)
@@ -136,7 +134,7 @@ def expand_contrasts(
     templates
         Name of a contrast to [reference, arm].
     arms
-        Name of each arm to all its keys with their values.
+        Name of each arm to the keys that differ, from `expand`.
     where
         The file, for messages.
 
@@ -257,25 +255,24 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
     yield from ((key.strip(), why) for key, (is_wrong, why) in rules.items() if is_wrong)
 
 
-def _combinations(
-    template: str, own: Mapping[str, Any], study: Mapping[str, Any], where: str, allowed: Set[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _combinations(template: str, own: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give the name and keys of each combination of the values that are listed for {key} in a template."""
     places = list(dict.fromkeys(BRACES.findall(template)))
-    refuse_unknown(places, where, [key for key in keys_of_studies() if key in allowed])
+    refuse_unknown(places, where, keys_of_studies())
+    for key in places:
+        if own.get(key, []) == []:
+            msg = f"{where}: the name has {{{key}}}, so {key} needs a value or a list of them."
+            raise UserError(msg)
     for key, value in own.items():
         is_list = "list" in str(keys.TrainingKeys.model_fields[key].annotation)
         if isinstance(value, list) and key not in places and not is_list:
             msg = f"{where}: {key} lists {len(value)} values, so the name has to hold {{{key}}}."
             raise UserError(msg)
-        if value == [] and key in places:
-            msg = f"{where}: {key} lists no values; name at least one."
-            raise UserError(msg)
-    values = [own.get(key, study.get(key)) for key in places]
-    for chosen in product(*(value if isinstance(value, list) else [value] for value in values)):
+    values = [own[key] if isinstance(own[key], list) else [own[key]] for key in places]
+    for chosen in product(*values):
         given = dict(zip(places, chosen, strict=True))
         name = _filled(template, {key: _written(value) for key, value in given.items()})
-        yield name, {**own, **{key: value for key, value in given.items() if key in own}}
+        yield name, {**own, **given}
 
 
 def _fitting(template: str, arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:

@@ -90,9 +90,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         yield partial
         _flush_to_disk(partial)
+        replaced = scratch / "replaced"
         if partial.is_dir() and target.exists():
-            target.rename(scratch / "replaced")
-        partial.replace(target)
+            target.rename(replaced)
+        try:
+            partial.replace(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -135,7 +135,7 @@ def base_text() -> str:
             seen.add(name)
             written = yaml.safe_dump(field.default, default_flow_style=True, width=10_000, sort_keys=False)
             value = f"{name}: {written.splitlines()[0]}"
-            lines.append(f"{value:<30}# {field.description}" if len(value) < 30 else f"{value}  # {field.description}")
+            lines.append(f"{value:<30}# {field.description}" if len(value) < 29 else f"{value}  # {field.description}")
     return "\n".join(lines) + "\n"
 
 

@@ -168,7 +168,7 @@ def load_study(name: str, **changes: Any) -> Study:
         changes = {"expected_macro_f1": {}, **changes}
     named = NAMED.get(str(asked.get("kind")), NAMED["cells"])
     given_arms = asked.get("arms", {arm: None for arm in values["arms"] if arm in named})
-    values["arms"] = arms.expand(given_arms, {**values, **from_task, **own}, where, ARM_KEYS, named)
+    values["arms"] = arms.expand(given_arms, where, ARM_KEYS, named)
     arm = asked.get("arm") or changes.pop("strategy", None) or next(iter(values["arms"]))
     params.require_choice(arm, dict.fromkeys([*values["arms"], *named]), where, "arm")
     own_keys = values["arms"].setdefault(arm, {"strategy": arm})
@@ -245,8 +245,7 @@ def batch(name: str) -> list[str]:
 
 def contrasts(settings: Study) -> list[Contrast]:
     """List the declared contrasts of a study, with one per value where their arms have {key} in the name."""
-    keys = {arm: settings.with_arm(arm).keys(TrainingKeys) for arm in settings.arms}
-    return arms.expand_contrasts(settings.contrasts, keys, f"params/{settings.study}.yaml")
+    return arms.expand_contrasts(settings.contrasts, settings.arms, f"params/{settings.study}.yaml")
 
 
 def _validated(values: dict[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> Study:

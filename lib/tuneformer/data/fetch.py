@@ -1,9 +1,9 @@
 """Files from the network: fetched once, checked, kept, and never taken for what they are not.
 
-In: a `RemoteFile`, a checkpoint's name, or as a command the name of a study. Out: the file below ``paths.DOWNLOADS``,
-whole and checked; or one sentence with the command that fetches it by hand. A file is called ``<name>.part`` until size,
-checksum and content are known to be right, and a download that was cut goes on where it stopped. Where no checksum is
-published, that of the first download counts ever after (``lock.json``).
+In: a `RemoteFile`, the name of a checkpoint, or as a command the name of a study. Out: the file below
+``paths.DOWNLOADS``; or one sentence with the command that fetches it by hand. A file is called ``<name>.part`` until it
+is known to be right, and a download that was cut goes on where it stopped. Where no checksum is published, the content
+is read, and the checksum of the first download (``lock.json``) counts ever after.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import errno
 import functools
 import gzip
 import hashlib
-import json
+import os
 import shutil
 import sys
 import time
@@ -20,14 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import pyarrow as pa
 import requests
 from filelock import FileLock
 from huggingface_hub import constants
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from tuneformer import paths
@@ -36,16 +35,16 @@ from tuneformer.data.unpickle import read_pickle
 
 TRIES = 5  # in a row without a single new byte
 TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
-PIECE = 1 << 16  # bytes
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
 REFUSED = {401: "asks for a login", 403: "is not allowed", 404: "was not found", 410: "is gone"}
+BY_HAND = "download it by hand:"
 MB = 1e6
-ENDPOINT = constants.ENDPOINT  # of the Hugging Face Hub; HF_ENDPOINT names another
+HUB = constants.ENDPOINT  # HF_ENDPOINT names a mirror
 
 # The published checkpoints (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9; Chen et al. 2024,
 # doi:10.1101/2024.08.16.608180; Apache-2.0). Size in bytes and SHA-256 are those that public projects recorded of their
 # downloads at this revision.
-REPOSITORY, REVISION = "ctheodoris/Geneformer", "04c2b2e84da7c0f385c3f9ad8f3ec24bab6650e5"
+GENEFORMER = f"{HUB}/ctheodoris/Geneformer/resolve/04c2b2e84da7c0f385c3f9ad8f3ec24bab6650e5"
 FOLDERS = {"V1": "geneformer/gene_dictionaries_30m", "V2": "geneformer"}  # of the dictionaries
 PUBLISHED = {"Geneformer-V1-10M": "V1", "Geneformer-V2-104M": "V2", "Geneformer-V2-316M": "V2"}
 GENE_NAMES = "gene_name_id_dict*.pkl"
@@ -69,8 +68,6 @@ V2 ensembl_mapping_dict_gc104M.pkl 3957652 0819bcbd869cfa14279449b037eb9ed1d09a9
 """.splitlines()
 ]
 
-Kind = Literal["hdf5", "gzip", "pickle", "safetensors", "json", "arrow"]
-
 
 class _PassingError(Exception):
     """A failure that another try may mend."""
@@ -78,11 +75,10 @@ class _PassingError(Exception):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file: path below the downloads folder, address, what it holds; ``sha256:…`` or ``md5:…``, None if not known."""
+    """A file: its path below the downloads folder, address, size, and ``sha256:…`` or ``md5:…``; None if not known."""
 
     name: str
     url: str
-    kind: Kind
     size: int | None = None
     checksum: str | None = None
 
@@ -92,53 +88,24 @@ class RemoteFile:
         return paths.DOWNLOADS / self.name
 
     @property
-    def by_hand(self) -> str:
+    def curl(self) -> str:
         """The command that fetches it without this program."""
         return f"curl -L --create-dirs -o {self.target} '{self.url}'"
 
 
-@dataclass(frozen=True)
-class RemoteFolder:
-    """A folder of a data set on the Hub, whose files are listed at the first download."""
-
-    name: str
-    repo: str
-    path: str
-    size: None = None
-
-    @property
-    def target(self) -> Path:
-        """Where the folder is kept."""
-        return paths.DOWNLOADS / self.name
-
-    @property
-    def by_hand(self) -> str:
-        """How to fetch it without this program."""
-        return f"put the files of {ENDPOINT}/datasets/{self.repo}/tree/main/{self.path} into {self.target}"
-
-
-Remote = RemoteFile | RemoteFolder
-
-
-def hub_url(repo: str, path: str, revision: str) -> str:
-    """Return the address of a file on the Hub; the name of a repository of data begins with ``datasets/``."""
-    return f"{ENDPOINT}/{repo}/resolve/{revision}/{path}"
-
-
 def checkpoint_files(name: str) -> list[RemoteFile]:
     """Return the files of a published checkpoint; of any other none, as there is nothing to fetch."""
-    version = PUBLISHED.get(name)
-    kinds: dict[str, Kind] = {".json": "json", ".safetensors": "safetensors", ".pkl": "pickle"}
+    if name not in PUBLISHED:
+        return []
     return [
         RemoteFile(
             f"{name}/{file}",
-            hub_url(REPOSITORY, f"{FOLDERS.get(group, group)}/{file}", REVISION),
-            kinds[Path(file).suffix],
+            f"{GENEFORMER}/{FOLDERS.get(group, group)}/{file}",
             size=None if size == "?" else int(size),
             checksum=f"sha256:{checksum}",
         )
         for group, file, size, checksum in PINNED
-        if version is not None and group in (name, version)
+        if group in (name, PUBLISHED[name])
     ]
 
 
@@ -164,17 +131,16 @@ def checkpoint_key(name: str) -> str:
     UserError
         A file is missing.
     """
-    needed = ("config.json", "model.safetensors")
-    pinned = [file.checksum for file in checkpoint_files(name) if file.name.endswith(needed)]
-    absent = [path for file in needed if not (path := checkpoint_path(name) / file).is_file()]
-    if absent and not pinned:
-        published = ", ".join(PUBLISHED)
-        msg = (
-            f"checkpoint: {paths.shown(absent[0])} does not exist; set checkpoint to demo, to a published one "
-            f"({published}) or to the folder of a Geneformer model."
-        )
-        raise UserError(msg)
-    return key("checkpoint", *(pinned or [f"sha256:{file_hash(checkpoint_path(name) / file)}" for file in needed]))
+    needed = [checkpoint_path(name) / file for file in ("config.json", "model.safetensors")]
+    checksums = [file.checksum for file in checkpoint_files(name) if file.target in needed]
+    for path in needed:
+        if name not in PUBLISHED and not path.is_file():
+            msg = (
+                f"checkpoint: {paths.shown(path)} does not exist; set checkpoint to demo, to one of "
+                f"{', '.join(PUBLISHED)}, or to the folder of a Geneformer model."
+            )
+            raise UserError(msg)
+    return key("checkpoint", checksums or [f"sha256:{file_hash(path)}" for path in needed])
 
 
 def gene_names(checkpoint: str) -> Path | None:
@@ -191,187 +157,248 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
     return _digest(path, algorithm, state.st_size, state.st_mtime_ns)
 
 
-def fetch(remote: Remote, *, wait: Callable[[float], None] = time.sleep) -> Path:
-    """Return a file or folder below the downloads folder, fetching what is not there yet.
+def fetch(file: RemoteFile, *, wait: Callable[[float], None] = time.sleep) -> Path:
+    """Return a file below the downloads folder, fetching it if it is not there yet.
 
-    A file that was put in its place by hand is checked like a fetched one. `wait` waits for so many seconds between two
-    tries.
+    A file that was put in its place by hand is checked like a fetched one. `wait` waits so many seconds between tries.
 
     Raises
     ------
     UserError
         It cannot be fetched (no network, offline, refused, disk full), or what came is not what it should be.
     """
-    if is_present(remote):
-        return remote.target
-    paths.DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.DOWNLOADS / ".lock"):
-        for file in _listed(remote, wait) if isinstance(remote, RemoteFolder) else [remote]:
-            if not is_present(file):
-                _fetch_file(file, wait)
-    return remote.target
+    if not is_present(file):
+        paths.DOWNLOADS.mkdir(parents=True, exist_ok=True)
+        with FileLock(paths.DOWNLOADS / ".lock"):
+            if file.target.is_file():
+                _record(file, _checked(file, file.target))
+            elif not is_present(file):
+                _fetch(file, wait)
+    return file.target
 
 
-def is_present(remote: Remote) -> bool:
-    """Return whether a file, or every file of a folder, is there and is the one that was checked."""
-    lock = _read_lock()
-    entry = lock.get(remote.name)
-    if entry is None:
+def is_present(file: RemoteFile) -> bool:
+    """Return whether a file is there with the size and time that it had when it was checked."""
+    entry = _read_lock().get(file.name)
+    if entry is None or not file.target.is_file():
         return False
-    if isinstance(remote, RemoteFolder):
-        return all(_is_unchanged(f"{remote.name}/{file}", lock) for file in entry["files"])
-    algorithm, _, digest = (remote.checksum or "").partition(":")
-    return _is_unchanged(remote.name, lock) and entry.get(algorithm, "") == digest
+    state = file.target.stat()
+    algorithm, _, digest = (file.checksum or "").partition(":")
+    return (state.st_size, state.st_mtime_ns, digest) == (entry["size"], entry["modified"], entry.get(algorithm, ""))
 
 
-def content_key(remote: Remote) -> str:
-    """Return the checksum by which the content of a file or folder is known: the pinned one, else the recorded one.
+def content_key(file: RemoteFile) -> str:
+    """Return the checksum by which the content of a file is known: the pinned one, else that of its first download.
 
     Raises
     ------
     UserError
         The checksum is not pinned, and the file was not fetched yet.
     """
-    if isinstance(remote, RemoteFile) and remote.checksum is not None:
-        return remote.checksum
-    lock = _read_lock()
-    if remote.name not in lock:
+    if file.checksum is not None:
+        return file.checksum
+    entry = _read_lock().get(file.name)
+    if entry is None:
         msg = (
-            f"{remote.target} was not downloaded yet, and its checksum is not known before; fetch it by "
+            f"{file.target} was not downloaded yet, and its checksum is not known before; fetch it by "
             "`python -m tuneformer.data.fetch` and the name of the study."
         )
         raise UserError(msg)
-    if isinstance(remote, RemoteFile):
-        return f"sha256:{lock[remote.name]['sha256']}"
-    return key(*((file, lock[f"{remote.name}/{file}"]["sha256"]) for file in lock[remote.name]["files"]))
+    return f"sha256:{entry['sha256']}"
 
 
-def _fetch_file(file: RemoteFile, wait: Callable[[float], None]) -> None:
-    """Check a file that is there, or fetch, check and name it."""
-    if file.target.is_file():
-        _record(file.name, _checked(file, file.target))
-        return
-    _refuse_offline(file)
+def _fetch(file: RemoteFile, wait: Callable[[float], None]) -> None:
+    """Fetch, check and name a file that is not there."""
+    if constants.is_offline_mode():
+        msg = f"{file.target} is not there, and HF_HUB_OFFLINE forbids fetching it; unset it, or {BY_HAND} {file.curl}"
+        raise UserError(msg)
     file.target.parent.mkdir(parents=True, exist_ok=True)
     part = file.target.with_name(f"{file.target.name}.part")
-    tag = part.with_name(f"{part.name}.tag")  # the version of which `part` is a part
     try:
-        _with_patience(lambda: _transfer(file, part, tag), file, part, wait)
+        _transfer_patiently(file, part, wait)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        msg = (
-            f"The disk is full: {file.target.name} could not be written to {file.target.parent} "
-            f"({shutil.disk_usage(file.target.parent).free / MB:.0f} MB free); make room, or set TUNEFORMER_DOWNLOADS to "
-            "a folder on another disk, and start again: the download goes on where it stopped."
-        )
-        raise UserError(msg) from error
+        raise UserError(_disk_full(file)) from error
     try:
         entry = _checked(file, part)
     except UserError:
         part.unlink()
         raise
     finally:
-        tag.unlink(missing_ok=True)
+        _tag(part).unlink(missing_ok=True)
     part.replace(file.target)
-    _record(file.name, entry)
+    _record(file, entry)
     print(f"{file.name}: complete and checked ({entry['size'] / MB:.1f} MB)", file=sys.stderr, flush=True)
 
 
-def _with_patience(
-    transfer: Callable[[], Any], remote: Remote, part: Path | None, wait: Callable[[float], None]
-) -> Any:
+def _transfer_patiently(file: RemoteFile, part: Path, wait: Callable[[float], None]) -> None:
     """Try again after passing failures, as long as new bytes come, and then `TRIES` times."""
     failures, before = 0, 0
-    while True:
+    while failures < TRIES:
         try:
-            return transfer()
+            return _transfer(file, part)
         except _PassingError as error:
-            after = part.stat().st_size if part and part.is_file() else 0
+            after = part.stat().st_size if part.is_file() else 0
             failures = 1 if after > before else failures + 1
-            before = after
-            if failures >= TRIES:
-                msg = (
-                    f"{_address(remote)} could not be fetched ({error}, {failures} times); start again later, or by "
-                    f"hand: {remote.by_hand}"
-                )
-                raise UserError(msg) from error
+            before, last = after, error
+        if failures < TRIES:
             wait(2.0 ** (failures - 1))
+    msg = f"{file.url} could not be fetched ({last}, {failures} times); start again later, or {BY_HAND} {file.curl}"
+    raise UserError(msg) from last
+
+
+def _transfer(file: RemoteFile, part: Path) -> None:
+    """Fetch a file into `part`, going on where `part` ends if it is of the same version."""
+    start = part.stat().st_size if part.is_file() and _tag(part).is_file() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": _tag(part).read_text(encoding="utf-8")}
+    with _answer(file, headers) as answer:
+        span, is_part = answer.headers.get("Content-Range", ""), answer.status_code == 206
+        if answer.status_code == 416 and span.endswith(f"/{start}"):
+            return  # `part` was complete
+        if answer.status_code == 416 or (is_part and not span.startswith(f"bytes {start}-")):
+            part.unlink(missing_ok=True)
+            msg = "the server has another version of the file"
+            raise _PassingError(msg)
+        start = start if is_part else 0
+        length = answer.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        if total is not None and file.size not in (None, total):
+            msg = f"{file.url} has {total:,} bytes on the server, but should have {file.size:,}; {BY_HAND} {file.curl}"
+            raise UserError(msg)
+        if total is not None and total - start > shutil.disk_usage(part.parent).free:
+            raise UserError(_disk_full(file, total - start))
+        version = answer.headers.get("ETag", "W/")
+        version = answer.headers.get("Last-Modified", "") if version.startswith("W/") else version
+        _tag(part).unlink(missing_ok=True)
+        if version:  # else another version could not be told, and nothing is continued
+            _tag(part).write_text(version, encoding="utf-8")
+        with (
+            part.open("ab" if start else "wb") as out,
+            tqdm(desc=file.name, initial=start, total=total, unit="B", unit_scale=True, mininterval=5) as bar,
+        ):
+            for piece in answer.iter_content(1 << 16):
+                out.write(piece)
+                out.flush()
+                bar.update(len(piece))
 
 
 @contextmanager
-def _answer(remote: Remote, url: str, headers: dict[str, str]) -> Iterator[requests.Response]:
+def _answer(file: RemoteFile, headers: dict[str, str]) -> Iterator[requests.Response]:
     """Give the answer of a server; raise `_PassingError` for what may pass, and a `UserError` for what will not."""
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        with requests.get(file.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
             status = answer.status_code
             if status in BUSY:
                 msg = f"the server answered {status}"
                 raise _PassingError(msg)
             if status not in (200, 206, 416):
-                msg = f"{url} {REFUSED.get(status, 'failed')} (the server answered {status}); by hand: {remote.by_hand}"
+                what = f"{REFUSED.get(status, 'failed')} (the server answered {status})"
+                msg = f"{file.url} {what}; {BY_HAND} {file.curl}"
                 raise UserError(msg)
             if answer.headers.get("Content-Type", "").startswith("text/html"):
-                raise UserError(_web_page(remote))
+                msg = f"{file.url} gave a web page (a login or an error) instead of the file; {BY_HAND} {file.curl}"
+                raise UserError(msg)
             yield answer
-    except requests.Timeout as error:
-        msg = "no answer in time"
-        raise _PassingError(msg) from error
-    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-        msg = "the connection failed or was cut"
-        raise _PassingError(msg) from error
     except requests.RequestException as error:  # an OSError, which must not be taken for one of the disk
-        msg = f"{url} could not be fetched ({error}); by hand: {remote.by_hand}"
+        if isinstance(error, (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)):
+            msg = "the connection failed or was cut"
+            raise _PassingError(msg) from error
+        msg = f"{file.url} could not be fetched ({error}); {BY_HAND} {file.curl}"
         raise UserError(msg) from error
 
 
-def _transfer(file: RemoteFile, part: Path, tag: Path) -> None:
-    """Fetch a file into `part`, going on where `part` ends if it is of the same version."""
-    start = part.stat().st_size if part.is_file() and tag.is_file() else 0
-    if start and start == file.size:
-        return
-    headers = {"Accept-Encoding": "identity"}
-    if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": tag.read_text(encoding="utf-8")}
-    with _answer(file, file.url, headers) as answer:
-        span = answer.headers.get("Content-Range", "")
-        if answer.status_code == 416 and span.endswith(f"/{start}"):
-            return  # `part` was complete
-        if answer.status_code == 416 or (answer.status_code == 206 and not span.startswith(f"bytes {start}-")):
-            part.unlink(missing_ok=True)
-            msg = "the server has another version of the file"
-            raise _PassingError(msg)
-        start = start if answer.status_code == 206 else 0
-        length = answer.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
-        _refuse_size(file, part, start, total)
-        version = answer.headers.get("ETag", "W/")
-        version = answer.headers.get("Last-Modified", "") if version.startswith("W/") else version
-        tag.write_text(version, encoding="utf-8") if version else tag.unlink(missing_ok=True)
-        with part.open("ab" if start else "wb") as out:
-            _copy(answer.iter_content(PIECE), out, tqdm(desc=file.name, initial=start, total=total, unit="B"))
-
-
-def _copy(pieces: Iterator[bytes], out: Any, bar: tqdm) -> None:
-    with bar:
-        for piece in pieces:
-            out.write(piece)
-            out.flush()
-            bar.update(len(piece))
-
-
-def _refuse_size(file: RemoteFile, part: Path, start: int, total: int | None) -> None:
-    """Refuse a file of another size than it should have, or for which the disk has no room."""
-    if total is not None and file.size not in (None, total):
-        msg = (
-            f"{file.url} has {total:,} bytes on the server, but should have {file.size:,}: it is another version, or not "
-            f"the file; by hand: {file.by_hand}"
-        )
+def _checked(file: RemoteFile, path: Path) -> dict[str, Any]:
+    """Check size, checksum and content of a file at `path`; return its entry in the lock file."""
+    state = path.stat()
+    known = f"sha256:{_read_lock().get(file.name, {}).get('sha256')}"
+    algorithm, _, expected = (file.checksum or known).partition(":")
+    digest = file_hash(path, algorithm)
+    if file.size not in (None, state.st_size):
+        fault = f"has {state.st_size:,} bytes, but should have {file.size:,}"
+    elif expected not in ("None", digest):
+        source = "its publisher" if file.checksum else "lock.json of its first download"
+        fault = f"is not the right file: its checksum differs from that of {source}"
+    else:
+        fault = "" if file.checksum else _content_fault(path, file.target.suffix)
+    if fault:
+        msg = f"{path} {fault}; delete {file.target} if it is there and start again, or {BY_HAND} {file.curl}"
         raise UserError(msg)
-    free = shutil.disk_usage(part.parent).free
-    if total is not None and total - start > free:
-        msg = (
-            f"{file.target.name} needs {(total - start) / MB:.0f} MB in {part.parent}, where {free / MB:.0f} MB are "
-            "free; make room, or set TUNEFORMER_DOWNLOADS to a folder on another disk."
-        )
-        raise UserError(msg)
+    return {"size": state.st_size, "modified": state.st_mtime_ns, "source": file.url, algorithm: digest}
+
+
+def _content_fault(path: Path, suffix: str) -> str:
+    """Read a file as what it should be; say what is wrong if it is cut short or of another kind."""
+    try:
+        if suffix == ".gz":
+            with gzip.open(path) as handle, Path(os.devnull).open("wb") as nowhere:
+                shutil.copyfileobj(handle, nowhere)
+        elif suffix == ".arrow":
+            with pa.memory_map(str(path)) as handle, pa.ipc.open_stream(handle) as stream:
+                for _ in stream:
+                    pass
+        elif suffix == ".h5ad":
+            h5py.File(path).close()
+        else:
+            {".pickle": read_pickle, ".json": read_json}[suffix](path)
+    except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
+        return f"is cut short or no {suffix} file ({' '.join(str(error).split())[:200]})"
+    return ""
+
+
+@functools.cache
+def _digest(path: Path, algorithm: str, _size: int, _time: int) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, algorithm).hexdigest()
+
+
+def _read_lock() -> dict[str, Any]:
+    """Return what was recorded of every fetched file: size, time of change, source, checksum."""
+    path = paths.DOWNLOADS / "lock.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _record(file: RemoteFile, entry: dict[str, Any]) -> None:
+    write_json(paths.DOWNLOADS / "lock.json", dict(sorted((_read_lock() | {file.name: entry}).items())))
+
+
+def _tag(part: Path) -> Path:
+    """Return where the version of which `part` is a part is noted."""
+    return part.with_name(f"{part.name}.tag")
+
+
+def _disk_full(file: RemoteFile, needed: int | None = None) -> str:
+    free = shutil.disk_usage(file.target.parent).free / MB
+    size = "" if needed is None else f" {needed / MB:.0f} MB of"
+    return (
+        f"The disk is full:{size} {file.target.name} cannot be written to {file.target.parent} ({free:.0f} MB free); "
+        "make room, or set TUNEFORMER_DOWNLOADS to a folder on another disk, and start again: the download goes on "
+        "where it stopped."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fetch what studies need: checkpoint, cells, list of genes; if that fails, say how to fetch all by hand."""
+    from tuneformer.data import sources  # which knows the files of a study, and imports this module
+    from tuneformer.study import jobs
+
+    parser = argparse.ArgumentParser(prog="python -m tuneformer.data.fetch", description=main.__doc__)
+    parser.add_argument("study", nargs="+", help="name of a file in params/, without .yaml")
+    files: dict[RemoteFile, None] = {}
+    try:
+        for settings in (job for study in parser.parse_args(arguments).study for job in jobs(study)):
+            sources.source_path(settings)
+            files |= dict.fromkeys(sources.remote_files(settings))
+        for file in files:
+            fetch(file)
+    except UserError as error:
+        missing = [file.curl for file in files if not is_present(file)]
+        print(error, *(["All that is missing, by hand:", *missing] if missing else []), sep="\n", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,8 @@ otherwise one sentence with what is wrong, how often, an example, and what to do
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,13 +46,14 @@ def refuse_leaks(prepared: "Prepared", settings: Study) -> None:
     """
     cells = qc.prepare_cells(settings)
     table = prepared.tokens.dataset.select_columns(["cell", "label", "split"]).to_pandas()
-    where = f"{settings.study} {settings.task} {settings.arm} seed {settings.seed}"
-    again = f"delete {paths.shown(paths.task_dir(settings))} and run the study again"
-    _refuse(_of_split(cells.obs, settings), where, again)
-    _refuse(_of_parts(table, cells.obs, prepared), where, again)
-    _refuse(_of_sources(table, cells.obs, prepared.tokens.sources, settings), where, again)
-    _refuse(_of_values(table, prepared), where, again)
-    _refuse(_of_vocabulary(prepared.tokens, settings, cells), where, again)
+    _refuse(_of_split(cells.obs, settings), settings, paths.task_dir(settings))
+    faults = (
+        _of_parts(table, cells.obs, prepared),
+        _of_sources(table, cells.obs, prepared.tokens.sources, settings),
+        _of_values(table, prepared),
+        _of_vocabulary(prepared.tokens, settings, cells),
+    )
+    _refuse(chain(*faults), settings, paths.task_dir(settings))
 
 
 def refuse_unfair(outcome: "Outcome", prepared: "Prepared", settings: Study) -> None:
@@ -62,22 +64,18 @@ def refuse_unfair(outcome: "Outcome", prepared: "Prepared", settings: Study) -> 
     UserError
         A check fails. A run that failed has nothing to check.
     """
-    if outcome.status != "ok":
-        return
-    table = prepared.tokens.dataset.select_columns(["cell", "label", "split"]).to_pandas()
-    tested = table[table["split"] == "test"].set_index("cell")["label"]
-    _refuse(
-        _of_outcome(outcome, tested),
-        f"{settings.study} {settings.task} {settings.arm} seed {settings.seed}",
-        f"delete {paths.shown(paths.run_dir(settings))} and run it again",
-    )
+    if outcome.status == "ok":
+        table = prepared.tokens.dataset.select_columns(["cell", "label", "split"]).to_pandas()
+        tested = table[table["split"] == "test"].set_index("cell")["label"]
+        _refuse(_of_outcome(outcome, tested), settings, paths.run_dir(settings))
 
 
-def _refuse(faults: Faults, where: str, again: str) -> None:
+def _refuse(faults: Faults, settings: Study, folder: Path) -> None:
     for what, names, remedy in faults:
-        names = list(names)
-        if names:
-            msg = f"{where}: {what} ({len(names):,}, such as {names[0]}); {remedy or again}."
+        if len(names := list(names)):
+            remedy = remedy or f"delete {paths.shown(folder)} and run the study again"
+            where = f"{settings.study} {settings.task} {settings.arm} seed {settings.seed}"
+            msg = f"{where}: {what} ({len(names):,}, such as {names[0]}); {remedy}."
             raise UserError(msg)
 
 

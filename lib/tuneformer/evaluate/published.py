@@ -14,7 +14,8 @@ import pandas as pd
 import yaml
 
 from tuneformer import paths
-from tuneformer.evaluate.compare import Scored, arm_scores, score_tasks
+from tuneformer.evaluate.compare import arm_scores
+from tuneformer.evaluate.resampling import Scored, score_tasks
 from tuneformer.study import CellsKeys, Study, TrainingKeys, TrainSetKeys, load_study
 
 FILE = paths.ASSETS / "published.csv"
@@ -48,10 +49,10 @@ def compare(settings: Study, runs: pd.DataFrame, predictions: pd.DataFrame) -> p
     Returns
     -------
     One row for each published value of which a study of cells has runs: task, arm, metric, relation; published, the
-    mean over its trials, and trials; mean, low, high (95 % interval over seeds and test cells, or folds, of
-    `tuneformer.evaluate.compare.arm_scores`) and runs of ours; source, note as in `read`. ``verdict``: ``agrees`` if
-    the published value lies in our interval, or our interval keeps the published bound; ``ours is higher`` or ``ours is
-    lower`` if not; ``unclear`` if the bound lies within the interval, or one run gives none. No row for simulated cells.
+    mean over its trials, and trials; mean, low, high (95 % interval of `tuneformer.evaluate.compare.arm_scores`) and
+    runs of ours; source, note as in `read`. ``verdict``: ``agrees`` if the published value lies in our interval, or our
+    interval keeps the published bound; ``ours is higher`` or ``ours is lower`` if not; ``unclear`` if the bound lies
+    within the interval, or one run gives none. No row for simulated cells.
     """
     table = read()
     datasets = {name: load_study(name).dataset for name in table["study"].unique()}
@@ -62,7 +63,8 @@ def compare(settings: Study, runs: pd.DataFrame, predictions: pd.DataFrame) -> p
         keys = yaml.safe_load(f"{{{row['keys']}}}")
         arms = [arm_of(settings, strategy, keys) for strategy in row["strategy"].split()]
         of_task = predictions[(predictions["task"] == row["task"]) & predictions["arm"].isin(arms)]
-        if set(of_task["arm"]) != set(arms):
+        of_class = row["metric"].partition(":")[2]
+        if set(of_task["arm"]) != set(arms) or (of_class and of_class not in set(of_task["label"])):
             continue
         scored = {row["task"]: _averaged(score_tasks(of_task, row["metric"])[row["task"]], arms)}
         n_train = runs.loc[(runs["task"] == row["task"]) & runs["arm"].isin(arms), "n_train"].mean()

@@ -1,10 +1,9 @@
-"""What a fine-tuned Geneformer has to beat: simple models of the same cells, and of one row of numbers per gene.
+"""What a fine-tuned Geneformer has to beat: simple classifiers on the cells of one run.
 
-In: a run whose strategy is a baseline, with its cells and tokens; or genes and the cells in which they are read. Out:
-an `Outcome`, as fine-tuning gives it; or a score per gene. Whatever is fitted, the choice of genes included, is fitted
-on the training cells alone. The validation cells choose one point of a small grid, by the rule that chooses the epoch
-in fine-tuning: the highest macro-F1; of several the lowest log loss, then the first, for grids begin with the simplest
-model. The test cells are predicted once.
+In: a run whose strategy is a baseline, with its cells and tokens. Out: an `Outcome`, as fine-tuning gives it. Whatever
+is fitted, the choice of genes included, is fitted on the training cells alone. The validation cells choose one point of
+a small grid, by the rule that chooses the epoch in fine-tuning: the highest macro-F1; of several the lowest log loss,
+then the first, for grids begin with the simplest model. The test cells are predicted once.
 """
 
 import time
@@ -29,18 +28,15 @@ from sklearn.utils.sparsefuncs import mean_variance_axis
 from threadpoolctl import threadpool_limits
 
 from tuneformer.artifacts import UserError
-from tuneformer.cells.make import Prepared
 from tuneformer.model import fit as fitting
 from tuneformer.model import hardware
 from tuneformer.model.classifier import Batch, Cells, build, mean_state, predict
 from tuneformer.study import Study
-from tuneformer.tokens.encode import Tokens
-from tuneformer.tokens.vocabulary import TARGET_SUM, gene_ids
+from tuneformer.tokens.vocabulary import TARGET_SUM
 
 if TYPE_CHECKING:
-    import anndata as ad
-
-    from tuneformer.model.genes import GeneTask
+    from tuneformer.cells.make import Prepared
+    from tuneformer.tokens.encode import Tokens
 
 VARIABLE_GENES = 2000
 COMPONENTS = 50
@@ -50,6 +46,7 @@ ALPHAS = [1e5, 1e4, 1e3, 1e2, 1e1, 1e0]  # penalty of ridge regression
 TEMPERATURES = [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]
 ITERATIONS = 20_000  # most of L-BFGS; the slowest fit seen on demo cells took 242
 SCORING = {"loss": "neg_log_loss", "accuracy": "accuracy", "macro_f1": "f1_macro"}
+FITTED = ("coef_", "intercept_", "components_", "class_prior_")
 
 Matrix = np.ndarray | sparse.csr_matrix
 Features = Callable[[np.ndarray], Matrix]
@@ -57,64 +54,65 @@ Features = Callable[[np.ndarray], Matrix]
 
 
 class Baseline(NamedTuple):
-    """How to make features, from the training cells; how to make a model of features of a shape; which grid."""
+    """How to make features, given the training cells; a model, given their shape and a seed; and the grid."""
 
-    features: Callable[[Study, Prepared, np.ndarray], Features]
+    features: Callable[[Study, "Prepared", np.ndarray], Features]
     model: Callable[[tuple[int, int], int], Any]
     grid: dict[str, list]
 
 
-def fit(settings: Study, prepared: Prepared) -> fitting.Outcome:
+def fit(settings: Study, prepared: "Prepared") -> fitting.Outcome:
     """Fit the baseline of a run, and predict its test cells once. The same settings give the same numbers.
 
     Returns
     -------
     The outcome. ``history`` has one row per point of the grid, with its parameters; ``epoch`` is its number. Losses are
-    in nats per cell; in the ``train_loss`` of ``knn_pca`` a cell is one of its own neighbours. In its cost,
+    in nats per cell; in the ``train_loss`` of ``knn_pca`` a cell is one of its own neighbours. In the cost,
     ``trainable_parameters`` are the fitted coefficients of the chosen point.
 
     Raises
     ------
     UserError
-        The baseline reads counts and there are only tokens; the checkpoint or the device cannot be used.
+        A class lacks cells, the baseline reads counts and there are only tokens, or the checkpoint cannot be used.
     """
     make_features, make_model, grid = BASELINES[settings.strategy]
     tokens = prepared.tokens
-    table = tokens.dataset.remove_columns("input_ids").to_pandas()
-    labels = pd.Categorical(table["label"], tokens.classes).codes.astype(np.int64)
+    cells = tokens.dataset.remove_columns("input_ids").to_pandas()
+    labels = pd.Categorical(cells["label"], tokens.classes).codes.astype(np.int64)
     rows = fitting.rows_of_splits(settings, tokens)
-    train = rows["train"]
-    known = np.concatenate([train, rows["validation"]])
-    split = PredefinedSplit(np.repeat([-1, 0], [len(train), len(rows["validation"])]))
+    n_train, known = len(rows["train"]), np.concatenate([rows["train"], rows["validation"]])
     hardware.prepare(settings)
     with threadpool_limits(limits=settings.threads), np.errstate(invalid="ignore"):  # PCA where no gene varies: 0 / 0
         wall, cpu = time.perf_counter(), time.process_time()
-        features = make_features(settings, prepared, train)
+        features = make_features(settings, prepared, rows["train"])
         values = features(known)
-        model = make_model((len(train), values.shape[1]), settings.seed)
-        search = GridSearchCV(
-            model, grid, scoring=SCORING, cv=split, refit=False, return_train_score=True, error_score="raise"
-        ).fit(values, labels[known])
-        history = _history(search.cv_results_)
+        model = make_model((n_train, values.shape[1]), settings.seed)
+        split = PredefinedSplit(np.where(np.arange(len(known)) < n_train, -1, 0))
+        search = GridSearchCV(model, grid, scoring=SCORING, cv=split, refit=False, return_train_score=True)
+        history = _history(search.set_params(error_score="raise").fit(values, labels[known]).cv_results_)
         best = history.sort_values(["validation_macro_f1", "validation_loss"], ascending=[False, True]).index[0]
         chosen = clone(model).set_params(**search.cv_results_["params"][best])
-        chosen.fit(values[: len(train)], labels[train])
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        chosen.fit(values[:n_train], labels[rows["train"]])
+        cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         probabilities = chosen.predict_proba(features(rows["test"]))
-    uses_torch = settings.strategy == "frozen_embedding_ridge"
-    cost = {"wall_seconds": wall, "cpu_seconds": cpu, "training_cells": len(train)}
-    cost |= {"trainable_parameters": _n_coefficients(chosen)}
+    cost |= {"training_cells": n_train, "trainable_parameters": _n_coefficients(chosen)}
+    device = hardware.device_of(settings.device if settings.strategy == "frozen_embedding_ridge" else "cpu")
     return fitting.Outcome(
         history=history,
         best_epoch=int(history["epoch"][best]),
-        cost=cost | hardware.used(hardware.device_of(settings.device if uses_torch else "cpu"), "fp64"),
+        cost=cost | hardware.used(device, "fp64"),
         classes=list(tokens.classes),
-        **{f"n_{part}": len(rows[part]) for part in fitting.SPLITS},
-        predictions=fitting.predictions_table(table.iloc[rows["test"]], tokens.classes, probabilities),
+        **{f"n_{part}": len(at) for part, at in rows.items()},
+        predictions=fitting.predictions_table(cells.iloc[rows["test"]], tokens.classes, probabilities),
     )
 
 
-def variable_genes(settings: Study, prepared: Prepared, train: np.ndarray) -> Features:
+def no_features(settings: Study, prepared: "Prepared", train: np.ndarray) -> Features:
+    """Prepare nothing: (cells, 0)."""
+    return lambda rows: np.empty((len(rows), 0))
+
+
+def variable_genes(settings: Study, prepared: "Prepared", train: np.ndarray) -> Features:
     """Prepare ln(1 + counts per 10,000) of the 2,000 genes with the largest variance over the training cells.
 
     The logarithm has taken out most of the growth of the variance with the mean, and unlike dispersion in bins of
@@ -133,7 +131,7 @@ def variable_genes(settings: Study, prepared: Prepared, train: np.ndarray) -> Fe
     return lambda rows: log_normalised(rows)[:, genes].toarray()
 
 
-def rank_features(settings: Study, prepared: Prepared, train: np.ndarray) -> Features:
+def rank_features(settings: Study, prepared: "Prepared", train: np.ndarray) -> Features:
     """Prepare a bag of ranks: of n genes in the tokens of a cell, the one at place r (from 0) has the value 1 - r / n.
 
     Absent genes have 0. Special tokens are not genes, and genes that no training cell has are left out.
@@ -142,7 +140,7 @@ def rank_features(settings: Study, prepared: Prepared, train: np.ndarray) -> Fea
 
     def ranks(rows: np.ndarray) -> sparse.csr_matrix:
         lists = dataset.with_format("arrow")[rows]["input_ids"].combine_chunks()
-        tokens, cell = lists.flatten().to_numpy(), np.repeat(np.arange(len(rows)), np.diff(lists.offsets))
+        tokens, cell = lists.flatten().to_numpy(), np.repeat(np.arange(len(rows)), lists.value_lengths())
         is_gene = ~np.isin(tokens, list(vocabulary.specials.values()))
         tokens, cell = tokens[is_gene], cell[is_gene]
         n_genes = np.bincount(cell, minlength=len(rows))
@@ -153,9 +151,9 @@ def rank_features(settings: Study, prepared: Prepared, train: np.ndarray) -> Fea
     return lambda rows: ranks(rows)[:, seen]
 
 
-def cell_embeddings(settings: Study, prepared: Prepared, train: np.ndarray) -> Features:
+def cell_embeddings(settings: Study, prepared: "Prepared", train: np.ndarray) -> Features:
     """Prepare embeddings by the checkpoint as it is: the mean of its last hidden states over the tokens of a cell."""
-    bert, bf16 = _frozen(settings, prepared.tokens)
+    bert, bf16 = frozen_body(settings, prepared.tokens)
 
     def embed(batch: Batch) -> torch.Tensor:
         states = bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.double()
@@ -165,71 +163,30 @@ def cell_embeddings(settings: Study, prepared: Prepared, train: np.ndarray) -> F
     return lambda rows: predict(bert, Cells(prepared.tokens.dataset, pad, rows=rows), bf16=bf16, forward=embed)
 
 
-def expression_features(settings: Study, task: "GeneTask", cells: "ad.AnnData") -> np.ndarray:
-    """Describe how genes are expressed in the context cells of their task, by raw counts of these and other cells.
-
-    Returns
-    -------
-    (genes, 6): mean and sd of ln(1 + counts per 10,000); share of the cells with a count; ln of variance / mean of the
-    counts per 10,000; share of the cells with the gene among their tokens, and its mean place there (0: first, 1: last).
-    """
-    context = task.tokens.dataset.select(task.context)
-    part = cells[context["cell"][:]]
-    scaled = normalize(sparse.csr_matrix(part.X, dtype=np.float64), norm="l1") * TARGET_SUM
-    codes = pd.Index(task.genes["gene"]).get_indexer(task.tokens.vocabulary.resolve(gene_ids(part)))
-    known = np.flatnonzero(codes >= 0)  # identifiers of one gene are added up
-    shape = (part.n_vars, len(task.genes))
-    scaled = scaled @ sparse.csr_matrix((np.ones(len(known)), (known, codes[known])), shape=shape)
-    mean, variance = mean_variance_axis(scaled, axis=0)
-    log_mean, log_variance = mean_variance_axis(scaled.log1p(), axis=0)
-    rows = [np.asarray(ids) for ids in context["input_ids"][:]]
-    rank = pd.Series(np.concatenate([np.arange(len(ids)) / len(ids) for ids in rows]))
-    rank = rank.groupby(np.concatenate(rows)).mean().loc[task.genes["token_id"]]
-    in_tokens = task.genes["context_cells"] / part.n_obs
-    detected = scaled.getnnz(axis=0) / part.n_obs
-    return np.column_stack([log_mean, np.sqrt(log_variance), detected, np.log(variance / mean), in_tokens, rank])
+def frozen_body(settings: Study, tokens: "Tokens") -> tuple[torch.nn.Module, bool]:
+    """Return the body of the checkpoint as it is, on its device, without dropout; and whether to use it in bf16."""
+    device = hardware.prepare(settings)
+    transformers.set_seed(settings.seed)  # genes that the checkpoint does not know start as they do in fine-tuning
+    model = build(settings.model_copy(update={"strategy": "full"}), tokens.vocabulary, tokens.classes)
+    return model.bert.to(device).eval(), hardware.uses_bf16(device, settings.precision)
 
 
-def gene_embeddings(settings: Study, task: "GeneTask", cells: Any) -> np.ndarray:
-    """Return the checkpoint's embedding of each gene, before it has seen any cell, (genes, hidden)."""
-    bert, _ = _frozen(settings, task.tokens)
-    return bert.embeddings.word_embeddings.weight.detach()[task.genes["token_id"].to_numpy()].double().cpu().numpy()
-
-
-@torch.inference_mode()
-def gene_states(settings: Study, task: "GeneTask", cells: Any) -> np.ndarray:
-    """Return the mean of the checkpoint's last hidden states of each gene over the context cells, (genes, hidden)."""
-    bert, bf16 = _frozen(settings, task.tokens)
-    gene_of = torch.full((bert.config.vocab_size,), -1)
-    gene_of[task.genes["token_id"].to_numpy()] = torch.arange(len(task.genes))
-    sums = torch.zeros(len(task.genes), bert.config.hidden_size, dtype=torch.float64, device=bert.device)
-    pad = task.tokens.vocabulary.specials["<pad>"]
-    with torch.autocast(bert.device.type, torch.bfloat16, enabled=bf16):
-        for _, batch in Cells(task.tokens.dataset, pad, rows=task.context).sorted_batches(bert.device):
-            genes = gene_of.to(bert.device)[batch["input_ids"]]  # (batch, length)
-            states = bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-            sums.index_add_(0, genes[genes >= 0], states[genes >= 0].double())
-    return sums.cpu().numpy() / task.genes["context_cells"].to_numpy()[:, None]
-
-
-class Neighbours(KNeighborsClassifier):
-    """Class shares of k neighbours and one more, which belongs to all classes alike; with fewer cells, of them all.
+class _Neighbours(KNeighborsClassifier):
+    """Class shares of k neighbours and one more, which belongs to all classes alike; of fewer cells, all are near.
 
     Laplace's correction: no class has the probability 0, whose log loss would be infinite, and none overtakes another.
     """
 
-    def fit(self, X: np.ndarray, y: np.ndarray) -> "Neighbours":  # noqa: N803 (names of scikit-learn)
-        """Fit, with no more neighbours than there are cells."""
+    def fit(self, X: np.ndarray, y: np.ndarray) -> "_Neighbours":
         self.n_neighbors = min(self.n_neighbors, len(y))
         return super().fit(X, y)
 
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
-        """Return (cells, classes)."""
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
         shares = super().predict_proba(X)
         return (self.n_neighbors * shares + 1 / shares.shape[1]) / (self.n_neighbors + 1)
 
 
-class TemperedRidge(ClassifierMixin, BaseEstimator):
+class _TemperedRidge(ClassifierMixin, BaseEstimator):
     """Ridge regression on 1 for the true class and 0 for the others; probabilities are softmax(values / temperature).
 
     A ridge classifier has no probabilities of its own. The temperature (Guo et al. 2017, arXiv:1706.04599, section 4.2)
@@ -239,55 +196,48 @@ class TemperedRidge(ClassifierMixin, BaseEstimator):
     def __init__(self, alpha: float = 1.0, temperature: float = 1.0) -> None:
         self.alpha, self.temperature = alpha, temperature
 
-    def fit(self, X: np.ndarray, y: np.ndarray) -> "TemperedRidge":  # noqa: N803
-        """Fit by singular values."""
+    def fit(self, X: np.ndarray, y: np.ndarray) -> "_TemperedRidge":
         self.classes_ = np.unique(y)
         ridge = Ridge(self.alpha, solver="svd").fit(X, (y[:, None] == self.classes_).astype(float))
-        self.coef_, self.intercept_ = np.atleast_2d(ridge.coef_), ridge.intercept_
+        self.coef_, self.intercept_ = ridge.coef_, ridge.intercept_
         return self
 
-    def predict_proba(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
-        """Return (cells, classes)."""
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
         return softmax((X @ self.coef_.T + self.intercept_) / self.temperature, axis=1)
 
-    def predict(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
-        """Return the most probable class of each cell."""
+    def predict(self, X: np.ndarray) -> np.ndarray:
         return self.classes_[self.predict_proba(X).argmax(axis=1)]
 
 
+def _logistic() -> LogisticRegression:
+    return LogisticRegression(max_iter=ITERATIONS)
+
+
 BASELINES = {
-    "majority": Baseline(
-        lambda *_: lambda rows: np.empty((len(rows), 0)), lambda *_: DummyClassifier(strategy="prior"), {}
-    ),
+    "majority": Baseline(no_features, lambda *_: DummyClassifier(strategy="prior"), {}),
     "logistic_counts": Baseline(
         variable_genes,
-        lambda *_: make_pipeline(StandardScaler(), LogisticRegression(max_iter=ITERATIONS)),
+        lambda *_: make_pipeline(StandardScaler(), _logistic()),
         {"logisticregression__C": STRENGTHS},
     ),
-    "logistic_ranks": Baseline(rank_features, lambda *_: LogisticRegression(max_iter=ITERATIONS), {"C": STRENGTHS}),
+    "logistic_ranks": Baseline(rank_features, lambda *_: _logistic(), {"C": STRENGTHS}),
     "knn_pca": Baseline(
         variable_genes,
-        lambda shape, seed: make_pipeline(PCA(min(COMPONENTS, *shape), random_state=seed), Neighbours()),
-        {"neighbours__n_neighbors": NEIGHBOURS},
+        lambda shape, seed: make_pipeline(PCA(min(COMPONENTS, *shape), random_state=seed), _Neighbours()),
+        {"_neighbours__n_neighbors": NEIGHBOURS},
     ),
     "frozen_embedding_ridge": Baseline(
         cell_embeddings,
-        lambda *_: make_pipeline(StandardScaler(), TemperedRidge()),
-        {"temperedridge__alpha": ALPHAS, "temperedridge__temperature": TEMPERATURES},
+        lambda *_: make_pipeline(StandardScaler(), _TemperedRidge()),
+        {"_temperedridge__alpha": ALPHAS, "_temperedridge__temperature": TEMPERATURES},
     ),
-}
-
-GENE_FEATURES = {
-    "expression": expression_features,
-    "frozen_embedding": gene_embeddings,
-    "frozen_context": gene_states,
 }
 
 
 def _history(found: dict[str, np.ndarray]) -> pd.DataFrame:
     """Return one row per point of a grid, in the words of a fine-tuning run."""
-    parameters = pd.DataFrame([{name.split("__")[-1]: value for name, value in one.items()} for one in found["params"]])
-    table = parameters.assign(train_loss=-found["mean_train_loss"], validation_loss=-found["mean_test_loss"])
+    table = pd.DataFrame([{name.split("__")[-1]: value for name, value in one.items()} for one in found["params"]])
+    table = table.assign(train_loss=-found["mean_train_loss"], validation_loss=-found["mean_test_loss"])
     for score in ("accuracy", "macro_f1"):
         table[f"validation_{score}"] = found[f"mean_test_{score}"]
     table["seconds"] = found["mean_fit_time"] + found["mean_score_time"]
@@ -297,13 +247,4 @@ def _history(found: dict[str, np.ndarray]) -> pd.DataFrame:
 
 def _n_coefficients(model: Any) -> int:
     steps = [step for _, step in model.steps] if hasattr(model, "steps") else [model]
-    names = ("coef_", "intercept_", "components_", "class_prior_")
-    return int(sum(np.size(getattr(step, name)) for step in steps for name in names if hasattr(step, name)))
-
-
-def _frozen(settings: Study, tokens: Tokens) -> tuple[torch.nn.Module, bool]:
-    """Return the body of the checkpoint as it is, ready to predict, and whether in bf16."""
-    device = hardware.prepare(settings)
-    transformers.set_seed(settings.seed)  # genes that the checkpoint does not know start as they do in fine-tuning
-    model = build(settings.model_copy(update={"strategy": "full"}), tokens.vocabulary, tokens.classes)
-    return model.bert.to(device).eval(), hardware.uses_bf16(device, settings.precision)
+    return int(sum(np.size(getattr(step, name)) for step in steps for name in FITTED if hasattr(step, name)))

@@ -6,13 +6,13 @@ In: a checkpoint (config.json, model.safetensors), the vocabulary and classes of
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -78,14 +78,7 @@ def build(settings: "Study", vocabulary: Vocabulary, classes: list[str], kind: t
     Embeddings of genes and special tokens are copied by name, so that a vocabulary fitted on other cells is served;
     genes that the checkpoint does not know keep new embeddings. Encoder layers, positions and the normalisation are
     copied whole. New weights depend on torch's random state alone, so a seed gives the same head to every strategy.
-
-    Parameters
-    ----------
-    settings
-        ``checkpoint``, ``strategy`` (one of `strategies.STRATEGIES`), ``pooling``, ``max_length``, ``loss``,
-        ``attention`` and ``attention_dropout`` are read.
-    kind
-        Class of the model: a BERT whose names begin with ``bert.``.
+    `kind` may be another BERT whose names begin with ``bert.``.
 
     Raises
     ------
@@ -106,6 +99,7 @@ def build(settings: "Study", vocabulary: Vocabulary, classes: list[str], kind: t
             "pooling": settings.pooling,
             "loss": settings.loss,
             "tokens_per_cell": settings.max_length or config.max_position_embeddings,
+            "trained_in_bf16": False,
         }
     )
     config._attn_implementation = settings.attention
@@ -116,12 +110,7 @@ def build(settings: "Study", vocabulary: Vocabulary, classes: list[str], kind: t
 
 
 def transfer_table(settings: "Study", vocabulary: Vocabulary) -> pd.DataFrame:
-    """Say what a run takes over from its checkpoint.
-
-    Returns
-    -------
-    Rows: gene embeddings, encoder layers, pooler and classifier; columns ``from the checkpoint`` and ``new``, numbers.
-    """
+    """Say what a run takes over from its checkpoint, in numbers: columns ``from the checkpoint`` and ``new``."""
     folder = fetch.checkpoint_dir(settings.checkpoint)
     genes, layers = vocabulary.genes["ensembl_id"], read_config(folder).num_hidden_layers
     known = int(genes.isin(Vocabulary.read(folder).genes["ensembl_id"]).sum())
@@ -206,12 +195,10 @@ class Cells(torch.utils.data.Dataset):
     ----------
     dataset
         With the columns ``input_ids`` and ``length``.
-    pad
-        The pad token.
     rows
         Rows of the dataset; a row may be given more than once. None takes all.
     labels
-        Number of the class of each of `rows`, (cells,); goes into the batches.
+        Number of the class of each of `rows`; goes into the batches.
     """
 
     def __init__(
@@ -316,25 +303,15 @@ def save(folder: Path, model: CellClassifier, vocabulary: Vocabulary, classes: l
     """Write a fitted model: config.json, model.safetensors, vocabulary.parquet and model.json, whole or not at all.
 
     transformers reads the folder as it is (``AutoModelForSequenceClassification.from_pretrained``); such a model pools
-    the first token. Adapters of ``lora`` are merged into the model first, in place.
-
-    Parameters
-    ----------
-    card
-        What model.json should say about the run (study, arm, seed). ``classes``, ``max_length``, ``pooling``, ``loss``,
-        ``bf16`` and ``versions`` are added.
+    the first token. Adapters of ``lora`` are merged into the model first, in place. model.json has what `card` says
+    about the run, and ``classes``, ``max_length``, ``pooling``, ``loss``, ``bf16`` and ``versions``.
     """
     strategies.merge_adapters(model)
     config = model.config
-    card = card | {
-        "classes": classes,
-        "max_length": config.tokens_per_cell,
-        "pooling": config.pooling,
-        "loss": config.loss,
-        "bf16": config.trained_in_bf16,
-        "versions": {"tuneformer": tuneformer.__version__}
-        | {name: version(name) for name in ("torch", "transformers")},
-    }
+    card = card | {"classes": classes, "max_length": config.tokens_per_cell, "pooling": config.pooling}
+    card |= {"loss": config.loss, "bf16": config.trained_in_bf16}
+    card["versions"] = {"tuneformer": tuneformer.__version__, "torch": torch.__version__}
+    card["versions"]["transformers"] = transformers.__version__
     with atomic_path(folder) as partial:
         partial.mkdir()
         model.save_pretrained(partial)

@@ -1,7 +1,7 @@
 """Classes of genes from their places in cells: each token of a labelled gene is classified, in the context of its cell.
 
-In: a study, with a list of genes of two classes. Out: a `GeneTask` (which genes, in which fold, in which cells) and,
-from `run_study`, one row per arm, seed and fold, and a score for every gene from the fold in which it was tested.
+In: a study and its `GeneTask`. Out: one row per arm, seed and fold, and a score for every gene from the fold in which it
+was tested.
 
 Source of the method: Theodoris et al. 2023 (doi:10.1038/s41586-023-06139-9), Methods, "Geneformer fine-tuning" for
 dosage-sensitive transcription factors. As there, the folds are made of genes, and the same cells are the context of
@@ -11,7 +11,7 @@ cells that were the context in training, and in other cells, which nothing was t
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,58 +20,22 @@ import pandas as pd
 import torch
 import transformers
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict, train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import BertConfig, BertModel, BertPreTrainedModel
 
 from tuneformer import paths
 from tuneformer.artifacts import UserError, key, made, read_json, write_json
-from tuneformer.data import fetch, gene_lists, qc
-from tuneformer.model import baselines, fit, hardware, losses, strategies
-from tuneformer.model.classifier import Cells, build
+from tuneformer.data import fetch, qc
+from tuneformer.model import fit, gene_baselines, hardware, losses, strategies
+from tuneformer.model.classifier import Batch, Cells, build
+from tuneformer.model.gene_baselines import best_threshold, cross_validate, pair_auc
+from tuneformer.model.gene_task import PARTS, GeneTask, parts_of, permuted
 from tuneformer.study import BASELINES, GENE_BASELINES, GenesKeys, Study, TrainingKeys
-from tuneformer.tokens import encode
-from tuneformer.tokens.encode import Tokens
 
 VERSION = "genes.1"
-FEWEST_CELLS = 5  # context cells that a scored gene is in, at least
-PARTS = ("train", "validation", "test")
 PERMUTED = "_permuted"  # ending of the name of the control whose classes are permuted
 CURVE = np.linspace(0, 1, 101)  # false-positive rates at which the ROC curve of the tokens is kept
-STRENGTHS = [1e-4, 1e-3, 1e-2, 1e-1, 1e0]  # C of scikit-learn, 1 / penalty, of the baselines
-INNER_FOLDS = 4
-
-
-@dataclass(frozen=True)
-class GeneTask:
-    """Genes to be told apart, and the cells in which they are read.
-
-    ``genes``: one row per gene that is scored: gene, class, target (1: of the positive class), token_id, context_cells
-    and other_cells (how many it is in), fold. ``classes``: negative and positive. ``counts``: how many genes of each
-    class were listed, are in the vocabulary, and are scored. ``unknown``: listed genes outside the vocabulary;
-    ``rare``: those in fewer than `FEWEST_CELLS` context cells. ``context`` and ``other``: rows of the cells in
-    ``tokens``. ``permutation``: its number, if the classes are permuted.
-    """
-
-    genes: pd.DataFrame
-    classes: list[str]
-    counts: pd.DataFrame
-    unknown: list[str]
-    rare: list[str]
-    context: np.ndarray
-    other: np.ndarray
-    tokens: Tokens
-    permutation: int | None = None
-
-    @property
-    def key(self) -> str:
-        """Changes with any gene, class, fold or cell."""
-        table = self.genes[["gene", "class", "token_id", "fold"]].to_csv(index=False)
-        return key(table, self.classes, self.context.tolist(), self.other.tolist(), self.tokens.key)
 
 
 class Fold(NamedTuple):
@@ -118,82 +82,8 @@ class GeneClassifier(BertPreTrainedModel):
         return self.classifier(self.dropout(states[chosen])).float()
 
 
-def prepare_genes(settings: Study) -> GeneTask:
-    """Find the listed genes in the vocabulary and in the cells, and divide them into folds, stratified by class.
-
-    ``gene_cells`` cells of the training part are the context; as many cells at most of the test part are the others.
-    Both are drawn by ``split_seed``, as the folds are, so they are the same for all arms and seeds.
-
-    Raises
-    ------
-    UserError
-        The list cannot be used; two listed names are the same gene of the vocabulary; there are fewer training cells
-        than ``gene_cells``; or a class has fewer genes left than there are folds, or than can be learnt and validated.
-    """
-    listed = gene_lists.read_gene_classes(settings)
-    tokens = encode.single_cell_tokens(settings)
-    names = tokens.vocabulary.resolve(listed.classes.index)
-    gene_lists.check_classes(pd.Series(listed.classes.to_numpy(), index=names), "The list in the vocabulary's names")
-    table = pd.DataFrame({"gene": names, "class": listed.classes.to_numpy(), "listed": listed.classes.index})
-    table["target"] = (table["class"] == listed.positive).astype(int)
-    table["token_id"] = table["gene"].map(tokens.vocabulary.genes.set_index("ensembl_id")["token_id"])
-    known = table["token_id"].notna()
-    context, other = _draw_cells(settings, tokens)
-    for column, rows in {"context_cells": context, "other_cells": other}.items():
-        ids = tokens.dataset.select_columns("input_ids").with_format("arrow")[rows]["input_ids"]
-        n_cells = np.bincount(ids.combine_chunks().flatten().to_numpy(), minlength=tokens.vocabulary.size)
-        table[column] = table["token_id"].map(pd.Series(n_cells)).fillna(0).astype(int)  # a gene is in a cell once
-    scored = known & (table["context_cells"] >= FEWEST_CELLS)
-    classes = [listed.negative, listed.positive]
-    counts = {"listed": known | ~known, "in the vocabulary": known, "scored": scored}
-    counts = {name: table.loc[kept, "class"].value_counts().reindex(classes) for name, kept in counts.items()}
-    counts = pd.DataFrame(counts).fillna(0).astype(int)
-    _refuse_few(settings, counts, table["listed"].iloc[0])
-    return GeneTask(
-        genes=_with_folds(settings, table[scored].drop(columns="listed").reset_index(drop=True)),
-        classes=classes,
-        counts=counts,
-        unknown=table.loc[~known, "listed"].tolist(),
-        rare=table.loc[known & ~scored, "listed"].tolist(),
-        context=context,
-        other=other,
-        tokens=tokens,
-    )
-
-
-def permuted(settings: Study, task: GeneTask, number: int) -> GeneTask:
-    """Return the task with the classes permuted over the genes, and folds stratified by these: a control.
-
-    Whatever a method still finds then is not in the classes. `number` is that of the permutation.
-    """
-    order = np.random.default_rng([settings.split_seed, 8, number]).permutation(len(task.genes))
-    drawn = {name: task.genes[name].to_numpy()[order] for name in ("class", "target")}
-    return replace(task, genes=_with_folds(settings, task.genes.assign(**drawn)), permutation=number)
-
-
-def parts_of(settings: Study, task: GeneTask, fold: int) -> np.ndarray:
-    """Return train, validation or test for each gene: the fold is tested, a part of the others chooses the epoch.
-
-    Of the genes outside the fold the share ``validation_share``, and two of each class at least, is for validation.
-    """
-    outside = np.flatnonzero(task.genes["fold"] != fold)
-    targets = task.genes["target"].to_numpy()[outside]
-    n_validation = round(max(settings.validation_share, 2 / np.bincount(targets).min()) * len(outside))
-    _, chosen = train_test_split(outside, test_size=n_validation, stratify=targets, random_state=settings.split_seed)
-    parts = np.full(len(task.genes), "test", dtype=object)
-    parts[outside], parts[chosen] = "train", "validation"
-    return parts
-
-
-def fold_table(settings: Study, task: GeneTask) -> pd.DataFrame:
-    """Count the genes of each class by part, for each fold."""
-    rows = [task.genes[["class"]].assign(part=parts_of(settings, task, n), fold=n) for n in range(settings.gene_folds)]
-    table = pd.concat(rows).value_counts().unstack(["part", "class"], fill_value=0).sort_index()
-    return table.reindex(columns=pd.MultiIndex.from_product([PARTS, task.classes]), fill_value=0)
-
-
 def methods(settings: Study) -> list[Study]:
-    """Return the arms of a study that can tell genes apart; a study of cells gets the baselines of genes in addition."""
+    """Return the arms of a study that can tell genes apart; to those of a study of cells, add the baselines of genes."""
     arms = [settings.with_arm(arm) for arm in settings.arms]
     arms = [arm for arm in arms if arm.strategy not in BASELINES]
     if settings.kind != "genes":
@@ -271,7 +161,7 @@ def fit_baseline(settings: Study, task: GeneTask) -> tuple[list[Fold], np.ndarra
     """
 
     def make(folder: Path) -> None:
-        features = baselines.GENE_FEATURES[settings.strategy](settings, task, qc.prepare_cells(settings))
+        features = gene_baselines.FEATURES[settings.strategy](settings, task, qc.prepare_cells(settings))
         np.save(folder / "features.npy", features)
         null = []
         for number in range(settings.gene_permutations):
@@ -294,67 +184,6 @@ def fit_baseline(settings: Study, task: GeneTask) -> tuple[list[Fold], np.ndarra
     return folds, np.load(folder / "null.npy")
 
 
-def cross_validate(features: np.ndarray, genes: pd.DataFrame, *, with_threshold: bool = False) -> pd.DataFrame:
-    """Score the genes of each fold by a penalised logistic regression of the others.
-
-    An inner cross-validation over these others chooses the penalty with the best AUC (of several the strongest).
-
-    Returns
-    -------
-    ``score``, the logit of the positive class, and `with_threshold` that above which a gene of this fold is called
-    positive: the best one for the other genes, scored in the inner cross-validation. Both in the order of `genes`.
-    """
-    target, folds = genes["target"].to_numpy(), genes["fold"].to_numpy()
-    found = pd.DataFrame(index=genes.index, columns=["score", "threshold"], dtype=float)
-    model = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky"))
-    for fold in np.unique(folds):
-        tested = folds == fold
-        learnt = features[~tested], target[~tested]
-        inner = StratifiedKFold(min(INNER_FOLDS, np.bincount(learnt[1]).min()), shuffle=True, random_state=int(fold))
-        search = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, scoring="roc_auc", cv=inner).fit(*learnt)
-        found.loc[tested, "score"] = search.decision_function(features[tested])
-        if with_threshold:
-            held_out = cross_val_predict(search.best_estimator_, *learnt, cv=inner, method="decision_function")
-            found.loc[tested, "threshold"] = best_threshold(held_out, learnt[1])
-    return found
-
-
-def pair_auc(scores: Any, target: Any, fold: Any) -> float:
-    """Return the share of pairs (a positive and a negative gene of one fold) whose positive has the higher score.
-
-    A tie counts one half. With one fold this is the area under the ROC curve; with several it is their mean, weighted
-    by the number of pairs (the covariate-adjusted AUC of Janes and Pepe 2009, doi:10.1093/biomet/asp002, with the fold
-    as the covariate). Pooled scores of all folds would also compare scores of different models, which shifts the area
-    below one half when there is nothing to find. A gene with the score NaN is left out.
-
-    Returns
-    -------
-    0 to 1; NaN if no fold has genes of both classes.
-    """
-    table = pd.DataFrame({"score": np.asarray(scores), "target": np.asarray(target), "fold": np.asarray(fold)})
-    areas, n_pairs = [], []
-    for _, rows in table.dropna().groupby("fold"):
-        n_positive = rows["target"].sum()
-        if 0 < n_positive < len(rows):
-            areas.append(roc_auc_score(rows["target"], rows["score"]))
-            n_pairs.append(n_positive * (len(rows) - n_positive))
-    return float(np.average(areas, weights=n_pairs)) if areas else np.nan
-
-
-def best_threshold(scores: np.ndarray, target: np.ndarray) -> float:
-    """Return the threshold with the highest balanced accuracy, half-way between two scores; of several the highest.
-
-    Genes with a score above it are called positive. A gene with the score NaN is left out.
-    """
-    known = ~np.isnan(scores)
-    false, true, thresholds = roc_curve(target[known], scores[known], drop_intermediate=False)
-    best = int(np.argmax(true - false))
-    if best == 0:
-        return float(scores[known].max())  # nothing is positive
-    below = scores[known][scores[known] < thresholds[best]]
-    return float((thresholds[best] + below.max()) / 2) if len(below) else float(np.nextafter(thresholds[best], -np.inf))
-
-
 def _train(settings: Study, task: GeneTask, folder: Path) -> None:
     """Train one fold, and write what it left into an empty folder."""
     parts, pad = parts_of(settings, task, settings.fold), task.tokens.vocabulary.specials["<pad>"]
@@ -372,7 +201,7 @@ def _train(settings: Study, task: GeneTask, folder: Path) -> None:
     criterion = losses.make_loss(settings, n_tokens.to_numpy())
     target, is_validation, is_test = task.genes["target"].to_numpy(), parts == "validation", parts == "test"
 
-    def loss(model: GeneClassifier, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(model: GeneClassifier, batch: Batch) -> torch.Tensor:
         labels = label_of[batch["input_ids"]]  # (batch, length)
         chosen = labels != losses.IGNORED
         return criterion(model(batch["input_ids"], batch["attention_mask"], chosen), labels[chosen])
@@ -470,56 +299,3 @@ def _judged(
 
 def _place(settings: Study) -> dict[str, Any]:
     return {"task": settings.task, "arm": settings.arm, "seed": settings.seed, "fold": settings.fold}
-
-
-def _draw_cells(settings: Study, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the context cells from the training part, and the others from the test part; rows, ascending."""
-    split = tokens.dataset.select_columns("split").to_pandas()["split"]
-    rng = np.random.default_rng([settings.split_seed, 9])
-    available = {part: np.flatnonzero(split == part) for part in ("train", "test")}
-    if len(available["train"]) < settings.gene_cells:
-        msg = (
-            f"gene_cells: {settings.gene_cells} cells were asked for as context, but the training part has "
-            f"{len(available['train'])}; set fewer."
-        )
-        raise UserError(msg)
-    drawn = [rows[rng.permutation(len(rows))[: settings.gene_cells]] for rows in available.values()]
-    return np.sort(drawn[0]), np.sort(drawn[1])
-
-
-def _with_folds(settings: Study, genes: pd.DataFrame) -> pd.DataFrame:
-    """Give each gene its fold, stratified by class."""
-    folds = np.empty(len(genes), dtype=int)
-    split = StratifiedKFold(settings.gene_folds, shuffle=True, random_state=settings.split_seed)
-    for number, (_, tested) in enumerate(split.split(genes, genes["target"])):
-        folds[tested] = number
-    return genes.astype({"token_id": int}).assign(fold=folds)
-
-
-def _refuse_few(settings: Study, counts: pd.DataFrame, example: str) -> None:
-    """Raise if a class has too few genes for the folds."""
-    total, fewest = counts.sum(), _fewest(settings.gene_folds)
-    if not total["in the vocabulary"]:
-        msg = (
-            f"None of the {total['listed']} listed genes is in the vocabulary; they are named like {example}: list "
-            "Ensembl ids, or take the checkpoint that belongs to these names."
-        )
-        raise UserError(msg)
-    rarest = counts["scored"].idxmin()
-    if counts["scored"][rarest] < fewest:
-        msg = (
-            f"Class {rarest!r} has {counts['scored'][rarest]} genes left, and {settings.gene_folds} folds need "
-            f"{fewest}: of {total['listed']} listed genes {total['listed'] - total['in the vocabulary']} are not in "
-            f"the vocabulary and {total['in the vocabulary'] - total['scored']} are in fewer than {FEWEST_CELLS} of "
-            f"the {settings.gene_cells} context cells; list more genes, or set a smaller gene_folds or a larger "
-            "gene_cells."
-        )
-        raise UserError(msg)
-
-
-def _fewest(folds: int) -> int:
-    """Return how many genes a class needs, so that outside each fold two can be learnt and two choose the epoch."""
-    number = max(folds, 5)
-    while number - -(-number // folds) < 4:
-        number += 1
-    return number

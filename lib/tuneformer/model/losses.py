@@ -24,74 +24,21 @@ IGNORED = -100
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def make_loss(settings: "Study", train_counts: np.ndarray | Tensor) -> Loss:
-    """Return the loss that a run trains on.
-
-    Parameters
-    ----------
-    settings
-        The run: ``loss``, ``focal_gamma``, ``focal_alpha``.
-    train_counts
-        Training cells (or tokens) of each class, (classes,): after upsampling, if there is any.
-
-    Returns
-    -------
-    A function of logits (batch, classes) and labels (batch,).
-
-    Raises
-    ------
-    UserError
-        A class has no training cell, and the loss weighs classes by their number of cells.
-    """
-    match settings.loss:
-        case "cross_entropy":
-            return cross_entropy
-        case "weighted":
-            return partial(cross_entropy, weights=class_weights(train_counts))
-        case "balanced_softmax":
-            return partial(balanced_softmax, log_prior=class_weights(train_counts).reciprocal().log())
-        case "focal":
-            alpha = class_weights(train_counts) if settings.focal_alpha == "balanced" else None
-            return partial(focal, gamma=settings.focal_gamma, alpha=alpha)
-        case "dice":
-            return soft_dice
-        case "bce":
-            return binary_cross_entropy
-    msg = f"loss: {settings.loss} is unknown; see params/_base.yaml."
-    raise UserError(msg)
-
-
 def probabilities(logits: Tensor, loss: str) -> Tensor:
-    """Turn logits into probabilities of the classes, in the way that the loss of that name was trained for.
+    """Turn logits (batch, classes) into probabilities, in the way that the loss of that name was trained for.
 
-    Returns
-    -------
-    (batch, classes), rows sum to 1: the softmax; for ``bce`` the sigmoids divided by their sum. After
-    ``balanced_softmax`` or ``weighted`` they are those of a population where all classes are equally frequent.
+    The softmax; for ``bce`` the sigmoids divided by their sum. After ``balanced_softmax`` or ``weighted`` they are
+    those of a population where all classes are equally frequent.
     """
     scores = functional.logsigmoid(logits) if loss == "bce" else logits  # softmax of log s is s / sum s, never 0 / 0
     return torch.softmax(scores, dim=-1)
 
 
 def class_weights(train_counts: np.ndarray | Tensor) -> Tensor:
-    """Weigh classes by their inverse frequency: n / (K n_c) for n_c of n cells and K classes.
+    """Weigh classes by their inverse frequency: n / (K n_c) for n_c of n cells and K classes, float64.
 
     The mean over the training cells is 1, and each class has the same sum: scikit-learn's ``balanced``, from King and
-    Zeng 2001 (Political Analysis 9:137).
-
-    Parameters
-    ----------
-    train_counts
-        Training cells of each class, (classes,).
-
-    Returns
-    -------
-    (classes,), float64.
-
-    Raises
-    ------
-    UserError
-        A class has no training cell.
+    Zeng 2001 (Political Analysis 9:137). UserError if a class has no training cell.
     """
     counts = torch.as_tensor(train_counts).to(torch.float64)
     if not (counts > 0).all():
@@ -114,14 +61,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, weights: Tensor | None = No
 def balanced_softmax(logits: Tensor, labels: Tensor, *, log_prior: Tensor) -> Tensor:
     """Return the cross entropy of the logits plus `log_prior`, which training sees and prediction does not.
 
+    `log_prior`: log frequency of each class among the training cells, up to a constant, (classes,).
     Source: Ren et al. 2020 (arXiv:2007.10740), equation 3.
-
-    Parameters
-    ----------
-    logits, labels
-        See the module.
-    log_prior
-        Log frequency of each class among the training cells, up to a constant, (classes,).
     """
     return cross_entropy(logits + log_prior.to(logits), labels)
 
@@ -129,16 +70,8 @@ def balanced_softmax(logits: Tensor, labels: Tensor, *, log_prior: Tensor) -> Te
 def focal(logits: Tensor, labels: Tensor, *, gamma: float, alpha: Tensor | None = None) -> Tensor:
     """Return the mean of -alpha_y (1 - p_y)^gamma log p_y over the cells: easy cells count less.
 
+    `gamma`: focusing, 0 or more; 0 is the cross entropy. `alpha`: weight of each class, (classes,); 1 if None.
     Source: Lin et al. 2017 (arXiv:1708.02002), equation 5, with a softmax and an alpha per class.
-
-    Parameters
-    ----------
-    logits, labels
-        See the module.
-    gamma
-        Focusing, 0 or more; 0 is the cross entropy.
-    alpha
-        Weight of each class, (classes,); 1 if None.
     """
     logits, labels = _labelled(logits, labels)
     log_p = torch.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
@@ -172,6 +105,35 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     target = functional.one_hot(labels, logits.shape[1]).to(logits)
     losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     return losses / max(target.numel(), 1)
+
+
+LOSSES: dict[str, Callable[["Study", np.ndarray | Tensor], Loss]] = {
+    "cross_entropy": lambda settings, counts: cross_entropy,
+    "weighted": lambda settings, counts: partial(cross_entropy, weights=class_weights(counts)),
+    "balanced_softmax": lambda settings, counts: partial(
+        balanced_softmax, log_prior=class_weights(counts).reciprocal().log()
+    ),
+    "focal": lambda settings, counts: partial(
+        focal,
+        gamma=settings.focal_gamma,
+        alpha=class_weights(counts) if settings.focal_alpha == "balanced" else None,
+    ),
+    "dice": lambda settings, counts: soft_dice,
+    "bce": lambda settings, counts: binary_cross_entropy,
+}
+"""Name to function: from the settings and the training cells of each class to the loss."""
+
+
+def make_loss(settings: "Study", train_counts: np.ndarray | Tensor) -> Loss:
+    """Return the loss that a run trains on: a function of logits (batch, classes) and labels (batch,).
+
+    `train_counts`: training cells (or tokens) of each class, (classes,), after upsampling. UserError if a class has
+    none and the loss weighs classes by their number, or if the loss is unknown.
+    """
+    if settings.loss not in LOSSES:
+        msg = f"loss: {settings.loss} is unknown; set it to one of {', '.join(LOSSES)}."
+        raise UserError(msg)
+    return LOSSES[settings.loss](settings, train_counts)
 
 
 def _labelled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

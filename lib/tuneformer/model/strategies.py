@@ -51,11 +51,6 @@ class Plan:
         )
 
 
-def frozen(groups: Iterable[str]) -> dict[str, float]:
-    """Return starts of groups that never learn."""
-    return dict.fromkeys(groups, NEVER)
-
-
 def full(settings: "Study", body: list[str]) -> Plan:
     """Let everything learn from the first step on."""
     return Plan()
@@ -68,7 +63,7 @@ def random_init(settings: "Study", body: list[str]) -> Plan:
 
 def linear_probe(settings: "Study", body: list[str]) -> Plan:
     """Let only the new head learn; embeddings and encoder stay as pre-training left them."""
-    return Plan(starts=frozen(body))
+    return Plan(starts=_frozen(body))
 
 
 def selective(settings: "Study", body: list[str]) -> Plan:
@@ -77,7 +72,7 @@ def selective(settings: "Study", body: list[str]) -> Plan:
     if settings.freeze_layers >= len(body):
         msg = f"freeze_layers: {settings.freeze_layers} layers, but the checkpoint has {len(body) - 1}; set fewer."
         raise UserError(msg)
-    return Plan(starts=frozen(first))
+    return Plan(starts=_frozen(first))
 
 
 def lp_ft(settings: "Study", body: list[str]) -> Plan:
@@ -103,7 +98,7 @@ def layerwise_lr_decay(settings: "Study", body: list[str]) -> Plan:
 def lora(settings: "Study", body: list[str]) -> Plan:
     """Train the head and low-rank updates of all query and value matrices (Hu et al. 2021, arXiv:2106.09685)."""
     adapters = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "target_modules": ["query", "value"]}
-    return Plan(starts=frozen(body), groups={"lora": r"\.lora_"}, adapters=adapters)
+    return Plan(starts=_frozen(body), groups={"lora": r"\.lora_"}, adapters=adapters)
 
 
 STRATEGIES: dict[str, Callable[["Study", list[str]], Plan]] = {
@@ -233,6 +228,11 @@ def _part_of(name: str) -> str:
     """Return the part of the model that a parameter belongs to: embeddings, layer_<n>, pooler, or its first word."""
     words = name.removeprefix("bert.").split(".")
     return f"layer_{words[2]}" if words[0] == "encoder" else words[0]
+
+
+def _frozen(groups: Iterable[str]) -> dict[str, float]:
+    """Return starts of groups that never learn."""
+    return dict.fromkeys(groups, NEVER)
 
 
 def _one_by_one(order: list[str], epochs: int) -> dict[str, float]:

@@ -335,8 +335,9 @@ def roc_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
             RocCurveDisplay.from_predictions(truth, predictions[column], name=name, curve_kwargs=look, ax=ax)
     ax.plot([0, 1], [0, 1], color=CONTROL, linestyle=":")
     ax.set(xlabel="False positive rate", ylabel="True positive rate", title=title)
-    ax.get_legend().remove()
-    figure.legend(loc="outside right center")
+    if ax.get_legend():
+        ax.get_legend().remove()
+        figure.legend(loc="outside right center")
     return figure
 
 

@@ -58,8 +58,8 @@ class Link(NamedTuple):
     href: str
 
 
-def build(study: str) -> Path:
-    """Write the page, headed by one study, with a section for every other study that has results.
+def build(studies: Sequence[str]) -> Path:
+    """Write the page: the first study heads it, the others and every further study that has results follow.
 
     Results of the repository that were not made here are shown as such. A study whose results cannot be read is named
     with the reason, and does not keep the others from being shown.
@@ -71,9 +71,9 @@ def build(study: str) -> Path:
     Raises
     ------
     UserError
-        The study that heads the page has no results, or one of its notebooks cannot be read.
+        The first study has no results, or one of its notebooks cannot be read.
     """
-    head = study_results.read(study)
+    head = study_results.read(studies[0])
     pages = Environment(
         loader=FileSystemLoader(paths.ASSETS / "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -81,12 +81,11 @@ def build(study: str) -> Path:
         site.mkdir()
         convert = _Converter(pages)
         sections, problems = [_section(site, head, convert)], []
-        for other in studies_with_results():
-            if other != study:
-                try:
-                    sections.append(_section(site, study_results.read(other), convert))
-                except UserError as error:
-                    problems.append((other, str(error)))
+        for other in list(dict.fromkeys([*studies, *studies_with_results()]))[1:]:
+            try:
+                sections.append(_section(site, study_results.read(other), convert))
+            except UserError as error:
+                problems.append((other, str(error)))
         text = pages.get_template("index.html.j2").render(
             first=sections[0],
             others=sections[1:],
@@ -114,7 +113,7 @@ def studies_with_results() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page; end with 2 and one sentence when that cannot be done."""
     parser = argparse.ArgumentParser(prog="python -m tuneformer.report.page", description=main.__doc__)
-    parser.add_argument("study", help="the study that heads the page: a file in params/, without .yaml")
+    parser.add_argument("study", nargs="+", help="a file in params/, without .yaml; the first heads the page")
     try:
         print(build(parser.parse_args(arguments).study))
     except UserError as error:

@@ -56,13 +56,17 @@ class Results:
 def collect(study: str) -> Results:
     """Collect the finished runs of a study into ``runs/<study>/results``, and compute its answer.
 
-    A run counts if it was made with what it depends on now. The files are replaced together, or not at all.
+    A run counts if it was made with what it depends on now. The files are replaced together, or not at all. A study of
+    genes or of compression is one notebook, which has written its results with `write`.
 
     Raises
     ------
     UserError
         No run has finished, or the study cannot be used.
     """
+    settings = load_study(study)
+    if settings.kind != "cells":
+        return read(study)
     asked = [run for job in jobs(study) for run in job.runs()]
     finished = [run for run in asked if stored_key(paths.run_dir(run)) == run_key(run)]
     if not finished:
@@ -70,7 +74,6 @@ def collect(study: str) -> Results:
             f"Study {study} has no finished run in {paths.shown(paths.RUNS / study)}; run `make report STUDY={study}`."
         )
         raise UserError(msg)
-    settings = load_study(study)
     runs = pd.DataFrame([read_json(paths.run_dir(run) / "row.json") for run in finished])
     scored = [run for run, status in zip(finished, runs["status"], strict=True) if status == "ok"]
     predictions = _together([_predictions(run) for run in scored], [*PREDICTED, "probability"])

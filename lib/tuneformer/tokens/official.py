@@ -22,7 +22,6 @@ from tuneformer.study import Study, load_study
 from tuneformer.tokens.vocabulary import Vocabulary
 
 CHUNK = 20_000  # cells read at once: official files have 8 bytes per token, which are 300 MB
-RESERVED = ("label", "labels")  # the official classifier wants to name its numbered classes so, and refuses them
 
 
 def read_dataset(
@@ -32,14 +31,10 @@ def read_dataset(
 
     Parameters
     ----------
-    path
-        The folder.
     cells
-        Names of the cells: values of the column ``cell``, or row0, row1, ... where it has none.
-    max_length
-        Longer lists are cut; in V2 ``<eos>`` stays at the end.
-    columns
-        Further columns, with one value per cell, which becomes text.
+        Their names: values of the column ``cell``, or row0, row1, ... where the folder has none.
+    max_length, columns
+        As `tuneformer.tokens.encode.encode`; in V2 ``<eos>`` stays at the end of a list that is cut.
 
     Raises
     ------
@@ -57,29 +52,26 @@ def read_dataset(
         _refuse_unknown(lists, vocabulary, path)
         parts.append(_cut(lists, max_length, vocabulary))
     ids = pa.chunked_array(parts)
-    texts = {name: pa.array(np.asarray(values).astype(str).astype(object)) for name, values in columns.items()}
     table = {"input_ids": ids, "length": pc.list_value_length(ids).cast(pa.int64()), "cell": cells}
+    texts = {name: np.asarray(values).astype(str).astype(object) for name, values in columns.items()}
     return datasets.Dataset(pa.table(table | texts))
 
 
 def write_dataset(settings: Study, dataset: datasets.Dataset, folder: Path) -> Path:
     """Write tokens for the official ``Classifier``, whole or not at all; return the folder.
 
-    It takes the classes from ``cell_state_dict={"state_key": ...}`` and refuses a column ``label``, which it wants to
-    make itself; here classes and groups are in columns named as in the cells. ``split`` can be given to it as
+    It takes the classes from ``cell_state_dict={"state_key": ...}``, a column named as in the cells, and the split from
     ``split_id_dict={"attr_key": "split", "train": ["train", "validation"], "test": ["test"]}``.
     """
-    names = {"label": state_column(settings)}
-    if "group" in dataset.column_names:
-        names["group"] = settings.group_by
+    names = {"label": state_column(settings)} | ({"group": settings.group_by} if settings.group_by else {})
     with atomic_path(Path(folder)) as partial:
         dataset.rename_columns(names).save_to_disk(partial)
     return Path(folder)
 
 
 def state_column(settings: Study) -> str:
-    """Return the name of the column of classes in what `write_dataset` writes: that of the cells, unless reserved."""
-    return "cell_state" if settings.label in (*RESERVED, "cell", "split", settings.group_by) else settings.label
+    """Return the column of classes that `write_dataset` writes: that of the cells, unless the classifier refuses it."""
+    return "cell_state" if settings.label in ("label", "labels", "cell", "split", settings.group_by) else settings.label
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,8 +108,7 @@ def _refuse_unknown(lists: pa.ListArray, vocabulary: Vocabulary, path: Path) -> 
             f"{tokens[unknown][0]}); set checkpoint to the model for which the data set was tokenized."
         )
         raise UserError(msg)
-    ends = np.cumsum(lengths)
-    first, last = tokens[ends - lengths], tokens[ends - 1]
+    first, last = (tokens[np.cumsum(lengths) - back] for back in (lengths, 1))
     if vocabulary.begins_with:
         bare = (first != vocabulary.begins_with[0]) | (last != vocabulary.ends_with[0])
         if bare.any():

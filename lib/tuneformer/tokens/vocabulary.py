@@ -119,10 +119,7 @@ class Vocabulary:
         ``ensembl_mapping_dict*.pkl`` (Geneformer, Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9). Below the
         downloads folder the vocabulary is then kept as ``vocabulary.parquet``.
 
-        Raises
-        ------
-        UserError
-            The folder or a file is missing or ambiguous, or a file has anything but the table it should.
+        A file that is missing, ambiguous or has anything but the table it should is a UserError.
         """
         folder = Path(folder)
         if (folder / FILE).is_file():
@@ -158,12 +155,7 @@ class Vocabulary:
         """Fit the non-zero medians on cells, which must be training cells only.
 
         Genes of `base` (the checkpoint's vocabulary) keep their token, other genes get new tokens after its last. Genes
-        of it without a count in `adata` are left out, for they have no median.
-
-        Raises
-        ------
-        UserError
-            As `nonzero_medians`; or no gene has a count.
+        of it without a count in `adata` are left out, for they have no median; that none has one is a UserError.
         """
         base = base or cls(genes=_gene_table([], [], []), specials=SPECIALS_V1, aliases={})
         medians = nonzero_medians(adata, names=base.resolve(gene_ids(adata)))

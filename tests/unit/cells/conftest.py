@@ -7,14 +7,14 @@ from tuneformer.data import qc
 from tuneformer.study import load_study
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def runs_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def made_settings():
     """Settings of a run on about 2,200 simulated cells, all of them used."""
 
@@ -25,7 +25,7 @@ def made_settings():
     return settings
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo_cells(made_settings):
     """Simulated cells after quality control, with their split."""
     return qc.prepare_cells(made_settings())

@@ -1,6 +1,6 @@
 """A random checkpoint of 2 layers and 40 genes, and 72 made-up cells of two classes that differ in one token."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from tuneformer.study import load_study
+from tuneformer.tokens.encode import Tokens
 from tuneformer.tokens.vocabulary import Vocabulary
 
 N_GENES = 40
@@ -41,12 +42,12 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def run_settings(checkpoint):
-    """Settings of a run on the checkpoint; 48 training cells make 4 steps an epoch."""
+    """Settings of a run on the checkpoint; 48 training cells make 4 steps per epoch."""
     fixed = {"checkpoint": str(checkpoint), "learning_rate": 1e-2, "epochs": 2, "batch_size": 12, "threads": 1}
+    fixed |= {"freeze_layers": 1}
 
     def settings(**changes):
-        arm = {key: changes.pop(key) for key in ("strategy", "arm") if key in changes}
-        return load_study("tiny").model_copy(update=fixed | {"freeze_layers": 1} | arm | changes)
+        return load_study("tiny").model_copy(update=fixed | {"arm": changes.get("strategy", "full")} | changes)
 
     return settings
 
@@ -56,17 +57,25 @@ def tokens(checkpoint):
     """24 cells of each class for training, 6 for validation, 6 for the test; 8 to 20 tokens."""
     rng = np.random.default_rng(0)
     label = np.tile(["a", "b"], 36)
-    split = np.repeat(["train", "validation", "test"], [48, 12, 12])
     genes = [rng.permutation(np.arange(4, N_GENES + 2))[: rng.integers(7, 20)] for _ in label]
     rows = {
         "input_ids": [[2 if name == "a" else 3, *map(int, cell)] for name, cell in zip(label, genes, strict=True)],
         "cell": [f"cell{number}" for number in range(len(label))],
         "label": list(label),
-        "split": list(split),
+        "split": list(np.repeat(["train", "validation", "test"], [48, 12, 12])),
     }
     rows["length"] = [len(cell) for cell in rows["input_ids"]]
-    return tokens_of(datasets.Dataset.from_dict(rows), Vocabulary.read(checkpoint))
+    return Tokens(datasets.Dataset.from_dict(rows), Vocabulary.read(checkpoint), ["a", "b"])
 
 
-def tokens_of(dataset, vocabulary):
-    return SimpleNamespace(dataset=dataset, vocabulary=vocabulary, classes=["a", "b"], key="made up", step_cells=None, sources=[])
+@pytest.fixture
+def relabelled():
+    """Give the test cells other labels."""
+
+    def relabel(tokens, names):
+        table = tokens.dataset.to_dict()
+        is_test = [split == "test" for split in table["split"]]
+        table["label"] = [names[label] if test else label for label, test in zip(table["label"], is_test, strict=True)]
+        return replace(tokens, dataset=datasets.Dataset.from_dict(table, tokens.dataset.features))
+
+    return relabel

@@ -81,7 +81,7 @@ def index(site):
 
 
 def test_nothing_is_loaded_from_the_net(site):
-    page.build("small")
+    page.build(["small"])
     found = [Page(file.read_text()) for file in site.rglob("*.html")]
     assert len(found) == 5
     for one in found:
@@ -105,7 +105,7 @@ def test_the_check_sees_what_would_be_loaded():
 
 
 def test_every_link_leads_somewhere(site):
-    page.build("small")
+    page.build(["small"])
     for file in site.rglob("*.html"):
         one = Page(file.read_text())
         for address in one.links + one.loads:
@@ -117,7 +117,7 @@ def test_every_link_leads_somewhere(site):
 
 
 def test_the_question_and_the_answer_come_first(site):
-    assert page.build("small") == site / "index.html"
+    assert page.build(["small"]) == site / "index.html"
     text = index(site).text
     order = [
         "Which strategy tells <drugs> & doses apart?",
@@ -145,7 +145,7 @@ def test_the_question_and_the_answer_come_first(site):
 
 
 def test_pictures_can_be_read_without_seeing_them(site):
-    page.build("small")
+    page.build(["small"])
     images = index(site).images
     assert len(images) == 2
     assert all(len(image["alt"]) > 40 and int(image["width"]) > 100 for image in images)
@@ -154,7 +154,7 @@ def test_pictures_can_be_read_without_seeing_them(site):
 def test_real_cells_are_not_called_simulated(results, write):
     results.answer["simulated"] = False
     write(results, paths.RESULTS / "small")
-    page.build("small")
+    page.build(["small"])
     text = index(paths.SITE).text
     head = text[: text.index("Answer")]
     assert "real cells" in head
@@ -166,7 +166,7 @@ def test_results_of_the_repository_are_shown_and_marked(site, results, write):
     (paths.PARAMS / "other.yaml").write_text((paths.PARAMS / "small.yaml").read_text())
     results.answer["question"] = "Another question?"
     write(results, paths.RESULTS / "other")
-    page.build("small")
+    page.build(["small"])
     text = index(site).text
     other = text[text.index("Other studies") :]
     assert other.index("Another question?") < other.index("from the repository, not run here")
@@ -179,7 +179,7 @@ def test_a_study_that_cannot_be_read_does_not_keep_the_others_from_being_shown(s
     (paths.PARAMS / "half.yaml").write_text((paths.PARAMS / "small.yaml").read_text())
     write(results, paths.RESULTS / "half")
     (paths.RESULTS / "half" / "runs.csv").unlink()
-    page.build("small")
+    page.build(["small"])
     text = index(site).text
     assert "gone cannot be shown: params/gone.yaml does not exist." in text
     assert "half cannot be shown: results/half/runs.csv does not exist" in text
@@ -189,14 +189,14 @@ def test_a_study_without_contrasts_is_shown(results, write):
     for task in results.answer["tasks"]:
         task["contrasts"] = []
     write(results, paths.RESULTS / "small")
-    page.build("small")
+    page.build(["small"])
     text = index(paths.SITE).text
     assert "This study declares no contrast" in text
     assert "What was asked" not in text
 
 
 def test_executed_notebooks_become_pages_with_their_outputs(site):
-    page.build("small")
+    page.build(["small"])
     one = Page((site / "notebooks" / "small" / "drugs" / "full" / "seeds0-2.html").read_text())
     for part in ("Fine-tune", "0.5", "epoch 1", "simulated cells"):
         assert part in one.text
@@ -210,24 +210,24 @@ def test_names_cannot_become_markup(site, results, write):
     results.answer["tasks"][0]["task"] = results.answer["tasks"][0]["arms"][0]["arm"] = hostile
     results.answer["question"] = hostile
     write(results, paths.RUNS / "small" / "results")
-    page.build("small")
+    page.build(["small"])
     one = index(site)
     assert "script" not in one.tags
     assert one.text.count(hostile) >= 3
 
 
 def test_a_new_page_replaces_the_old_one_whole(site):
-    page.build("small")
+    page.build(["small"])
     (site / "notebooks" / "small" / "old.html").write_text("old")
     before = {file.relative_to(site): file.read_bytes() for file in site.rglob("*") if file.is_file()}
-    page.build("small")
+    page.build(["small"])
     after = {file.relative_to(site): file.read_bytes() for file in site.rglob("*") if file.is_file()}
     assert before.keys() - after.keys() == {file for file in before if file.name == "old.html"}
     assert all(before[file] == content for file, content in after.items())
 
 
 def test_what_is_missing_is_said_in_one_sentence_and_the_old_page_stays(site, capsys):
-    page.build("small")
+    page.build(["small"])
     before = (site / "index.html").read_bytes()
     (paths.PARAMS / "new.yaml").write_text("question: nothing yet\n")
     assert page.main(["new"]) == 2
@@ -241,7 +241,7 @@ def test_what_is_missing_is_said_in_one_sentence_and_the_old_page_stays(site, ca
 
 
 def test_every_strategy_and_baseline_is_explained(site):
-    page.build("small")
+    page.build(["small"])
     words = [word.strip() for word in index(site).words]
     assert {*STRATEGIES, *BASELINES, *GENE_BASELINES} <= set(words)
 
@@ -249,7 +249,7 @@ def test_every_strategy_and_baseline_is_explained(site):
 def test_figures_come_in_the_order_of_the_captions_and_others_under_their_names(site, results):
     for name in ("cost", "overview", "contrasts"):
         figures.save(Figure(figsize=(2, 1)), results.settings, name)
-    page.build("small")
+    page.build(["small"])
     stems = [image["src"].split("/")[-1].removesuffix(".png") for image in index(site).images]
     assert stems == ["scores", "contrasts", "recall_drugs", "cost", "overview"]
     assert "Task: drugs." in index(site).text
