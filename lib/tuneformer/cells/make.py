@@ -17,9 +17,9 @@ from scipy import sparse
 from tuneformer import artifacts, paths
 from tuneformer.artifacts import UserError
 from tuneformer.cells import mixture, pseudobulk, synthetic
-from tuneformer.data import bulk, fetch, qc, sources, splits
+from tuneformer.data import bulk, qc, splits
 from tuneformer.params import require_choice
-from tuneformer.study import Study, TokensKeys
+from tuneformer.study import Study, TrainSetKeys
 from tuneformer.tokens import encode
 from tuneformer.tokens.encode import Tokens
 
@@ -55,34 +55,28 @@ def prepare(settings: Study) -> Prepared:
 def made_key(settings: Study) -> str:
     """Return the key of everything that the made cells of a run and their tokens depend on."""
     reads_bulk = settings.train_set == "bulk" or settings.means == "bulk"
-    inputs = qc.cells_key(settings), fetch.checkpoint_key(settings.checkpoint)
-    samples = bulk.source_hash(settings) if reads_bulk else None
-    return artifacts.key(VERSION, settings.keys(TokensKeys), settings.seed, settings.fold, *inputs, samples)
+    inputs = qc.cells_key(settings), encode.tokens_key(settings), bulk.source_hash(settings) if reads_bulk else None
+    return artifacts.key(VERSION, settings.keys(TrainSetKeys), settings.seed, *inputs)
 
 
-def draw(settings: Study, table: pd.DataFrame, classes: list[str]) -> dict[str, np.ndarray]:
+def draw(settings: Study, obs: pd.DataFrame) -> dict[str, np.ndarray]:
     """Draw the single cells of a run, with its seed: at most ``train_cells``, and ``cells_per_class`` of each class.
 
     Validation cells are reduced in proportion (one per class at least); all test cells stay.
 
-    Parameters
-    ----------
-    table
-        Columns label and split, one row per cell.
-
     Returns
     -------
-    Rows of `table`, ascending, for train, validation and test.
+    Rows of `obs` (label and split of all cells), ascending, for train, validation and test.
     """
     share, most = settings.validation_share, settings.cells_per_class
-    part = splits.draw_cells(table, train_cells=settings.train_cells, validation_share=share, seed=settings.seed)
+    part = splits.draw_cells(obs, train_cells=settings.train_cells, validation_share=share, seed=settings.seed)
     if most is None:
         return part
     rng = np.random.default_rng([settings.seed, 5])
     for name, number in {"train": most, "validation": max(1, round(most * share / (1 - share)))}.items():
-        labels = table["label"].iloc[part[name]]
-        drawn = [part[name][rng.permutation(np.flatnonzero(labels == one))[:number]] for one in classes]
-        part[name] = np.sort(np.concatenate(drawn))
+        labels = obs["label"].iloc[part[name]]
+        places = [rng.permutation(np.flatnonzero(labels == one))[:number] for one in labels.cat.categories]
+        part[name] = np.sort(part[name][np.concatenate(places)])
     return part
 
 
@@ -95,11 +89,6 @@ def make_cells(settings: Study, cells: ad.AnnData) -> tuple[ad.AnnData, int | No
     the training cells only and have the real validation cells, pseudo-bulk beside its validation points. ``bulk`` is
     samples of another experiment, so that nothing of the cells is trained on.
 
-    Parameters
-    ----------
-    cells
-        From `tuneformer.data.qc.prepare_cells`.
-
     Returns
     -------
     The cells, with ``obs`` label, split, n_counts, members (number of cells) and member_names; the number of cells by
@@ -111,7 +100,7 @@ def make_cells(settings: Study, cells: ad.AnnData) -> tuple[ad.AnnData, int | No
     UserError
         A class is left with fewer than two points, or as the module that makes the cells.
     """
-    part = draw(settings, cells.obs, list(cells.obs["label"].cat.categories))
+    part = draw(settings, cells.obs)
     real = {name: cells[rows] for name, rows in part.items()}
     with_real = settings.train_set == "mixture" or settings.validation_cells == "real"
     source = real["train"] if with_real else cells[np.sort(np.concatenate([part["train"], part["validation"]]))]
@@ -144,10 +133,8 @@ def split_points(labels: pd.Series, settings: Study) -> pd.Series:
             remedy = "choose a smaller k, or give the class more cells"
             if settings.train_set == "bulk":
                 remedy = "add a sample, or draw cells around the one (train_set: synthetic, means: bulk)"
-            msg = (
-                f"{settings.arm}: class {label!r} has {len(rows)} points, and training and validation need one each; "
-                f"{remedy}."
-            )
+            needed = "and training and validation need one each"
+            msg = f"{settings.arm}: class {label!r} has {len(rows)} points, {needed}; {remedy}."
             raise UserError(msg)
         n_validation = max(1, round(settings.validation_share * len(rows)))
         split[rows.index[rng.permutation(len(rows))[:n_validation]]] = "validation"
@@ -156,18 +143,18 @@ def split_points(labels: pd.Series, settings: Study) -> pd.Series:
 
 def _single_cells(settings: Study) -> Prepared:
     """Take rows of the single cells of the task."""
-    tokens = encode.single_cell_tokens(settings)
-    part = draw(settings, tokens.dataset.select_columns(["label", "split"]).to_pandas(), tokens.classes)
+    cells = qc.prepare_cells(settings)
+    tokens = encode.single_cell_tokens(settings, cells)
+    part = draw(settings, cells.obs)
     rows = np.sort(np.concatenate(list(part.values())))
-    cells = None if sources.is_tokenized(settings) else qc.prepare_cells(settings)
     step_cells = None
     if settings.steps_of == "pseudobulk":
         source = cells[np.sort(np.concatenate([part["train"], part["validation"]]))]
         _, groups, _ = _groups(settings, source)
         labels = source.obs["label"].groupby(groups).first()
         step_cells = int((split_points(labels, settings) == "train").sum())
-    chosen = dataclasses.replace(tokens, dataset=tokens.dataset.select(rows), step_cells=step_cells)
-    return Prepared(None if cells is None else cells[rows].copy(), chosen)
+    tokens = dataclasses.replace(tokens, dataset=tokens.dataset.select(rows), step_cells=step_cells)
+    return Prepared(None if qc.has_no_counts(cells) else cells[rows].copy(), tokens)
 
 
 def _write(settings: Study, folder: Path) -> None:

@@ -110,11 +110,7 @@ def sample_points(samples: ad.AnnData, strata: pd.Series, *, depth: float) -> ad
     """Make one bulk point of each stratum from real bulk samples: the mean of the shares of its samples, times `depth`.
 
     How many cells are in a sample is not known, so the point is brought to the depth of a cell (the mean total count of
-    single cells); replicates count the same, however deeply each was sequenced.
-
-    Returns
-    -------
-    As `bulk_points`; members is the number of samples.
+    single cells); replicates count the same, however deeply each was sequenced. As `bulk_points`; members are samples.
     """
     totals = np.asarray(samples.X.sum(axis=1)).ravel()
     scaled = sparse.csr_matrix(sparse.diags_array(depth / totals) @ samples.X)
@@ -152,7 +148,7 @@ def generate(
     name
         Cells are named ``<name>_00001`` and so on.
     points
-        Bulk points to draw around, as `sample_points` makes them; None takes those of `cells` (`bulk_points`).
+        Bulk points to draw around, from `sample_points`; None takes those of `cells`.
 
     Returns
     -------
@@ -317,8 +313,8 @@ def _truncated_normal(
 ) -> np.ndarray:
     """Draw from normal distributions truncated to 0 ... `maximum`, by the inverse of the distribution function.
 
-    Where `center` is below 0 the distribution is mirrored, so that the probabilities are small numbers, which float64
-    tells apart, and not numbers near 1. A center too far outside gives the bound next to it.
+    Where `center` is below 0 the distribution is mirrored, so that probabilities are small numbers, which float64 tells
+    apart, and not numbers near 1. A center too far outside gives the bound next to it.
     """
     low = np.minimum(-center / sd, FARTHEST)
     high = np.maximum((maximum - center) / sd, -FARTHEST)
@@ -337,9 +333,9 @@ def _log_zero(mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
 def _quantile(probability: np.ndarray, mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
     """Return the negative binomial quantiles, all arguments (entries,).
 
-    The distribution function is summed up from 0 until it reaches the probability, in all entries at once; those that
-    have reached it drop out, so that the work is proportional to the sum of the counts. Where the probability of no
-    count is too small for float64 (means in the hundreds without dispersion), scipy finds the quantile.
+    The distribution function is summed up from 0 until it reaches the probability, in all entries at once, so that the
+    work is proportional to the sum of the counts. Where the probability of no count is too small for float64 (means in
+    the hundreds without dispersion), scipy finds the quantile.
     """
     counts = np.zeros(len(mean))
     log_zero = _log_zero(mean, dispersion)

@@ -5,12 +5,9 @@ official format, which has no counts. Out: AnnData with sparse counts in ``X``, 
 ``var["ensembl_id"]`` and ``var["symbol"]``; or one sentence that says what to change.
 """
 
-import difflib
-import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import anndata as ad
@@ -19,9 +16,9 @@ import numpy as np
 import pandas as pd
 from scipy import io, sparse
 
-from tuneformer import paths
 from tuneformer.artifacts import UserError
 from tuneformer.data import fetch
+from tuneformer.data.refusals import expanded_path, explained, nearest, read_table
 from tuneformer.data.unpickle import read_pickle
 from tuneformer.study import Study
 
@@ -29,12 +26,9 @@ ENSEMBL = re.compile(r"^ENS([A-Z]*)G[0-9]{11}(\.[0-9]+)?(_PAR_Y)?$")
 VERSIONED = re.compile(r"^(ENS[A-Z]*G[0-9]{11})\.[0-9]+(_PAR_Y)?$")
 MOUSE_SYMBOL = re.compile(r"^(mt-)?[A-Z][a-z][A-Za-z0-9.-]*$")  # Gapdh, mt-Nd1; human symbols are capitals: GAPDH
 MOST = 0.5  # of the names have to be of a kind before all are taken to be
-VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
-MAKE_VARIABLES = ("DATA", "LABEL")  # what make hands on to params/own_data.yaml
 ROWS = 4000  # rows of a dense file that are read at once
 AUTO = ("counts", "raw", "X")  # places that counts: auto looks at, in this order; the first is a layer
 SYMBOL_COLUMNS = ("symbol", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "feature_name")
-UNREADABLE = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError)
 
 
 def read_own(path: Path, settings: Study) -> ad.AnnData:
@@ -90,7 +84,7 @@ def read_h5ad(path: Path, settings: Study) -> ad.AnnData:
     if not path.is_file():
         msg = f"{path} does not exist; set path in the params file to an h5ad file with raw counts."
         raise UserError(msg)
-    with explained(f"{path} as an h5ad file", "write it again with anndata's write_h5ad"), h5py.File(path) as file:
+    with explained(path, "an h5ad file", "write it again with anndata's write_h5ad"), h5py.File(path) as file:
         places = {"X": "X", "raw": "raw/X"} | {layer: f"layers/{layer}" for layer in file.get("layers", ())}
         places = {name: place for name, place in places.items() if place in file}
         if counts == "auto":
@@ -123,7 +117,7 @@ def read_10x(path: Path, settings: Study) -> ad.AnnData:
     if settings.counts not in ("auto", "X"):
         msg = f"{path} has no counts in {settings.counts!r}, but one matrix; set counts to X or auto."
         raise UserError(msg)
-    with explained(f"{path} as 10x data", "copy it again from the output of Cell Ranger"):
+    with explained(path, "10x data", "copy it again from the output of Cell Ranger"):
         adata = _read_10x_folder(path) if path.is_dir() else _read_10x_h5(path)
     if "feature_types" in adata.var:
         adata = adata[:, (adata.var["feature_types"] == "Gene Expression").to_numpy()]
@@ -156,7 +150,7 @@ def read_tokenized(path: Path) -> ad.AnnData:
     """
     import datasets  # takes a second, and other data sets do without it
 
-    with explained(f"{path} as a tokenized data set", "copy the whole folder again"):
+    with explained(path, "a tokenized data set", "copy the whole folder again"):
         stored = datasets.load_from_disk(str(path))
     if not isinstance(stored, datasets.Dataset) or "input_ids" not in stored.column_names:
         msg = (
@@ -280,94 +274,6 @@ def foreign_species(ids: Iterable[str], symbols: Iterable[str]) -> tuple[str, st
         return ("mouse" if foreign.iloc[0] == "MUS" else "another species", ids[foreign.index[0]])
     mouse = symbols[symbols.str.match(MOUSE_SYMBOL)]
     return ("mouse or rat", mouse.iloc[0]) if len(mouse) > MOST * len(symbols) else None
-
-
-@contextmanager
-def explained(what: object, remedy: str) -> Iterator[None]:
-    """Turn an error of a library that reads a file into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. ")[:200]
-        path, _, form = str(what).partition(" as ")
-        msg = f"{path} could not be read{f' as {form}' if form else ''} ({reason}); {remedy}."
-        raise UserError(msg) from error
-
-
-def expanded_path(key: str, written: str) -> Path:
-    """Return a path that the params file states for `key`: variables expanded, relative to the repository.
-
-    Raises
-    ------
-    UserError
-        A $VARIABLE is not set, or there is nothing at this path.
-    """
-    refuse_unset(key, written)
-    path = paths.user_path(written)
-    if not path.exists():
-        remedy = "an h5ad file with raw counts" if key == "path" else "a file that does, or to null"
-        msg = f"{key}: {path} does not exist; set it to {remedy}."
-        raise UserError(msg)
-    return path
-
-
-def refuse_unset(key: str, written: str) -> None:
-    """Raise if the value of a parameter names a $VARIABLE that is not set, or empty."""
-    unset = [name for pair in VARIABLE.findall(written) for name in pair if name and not os.environ.get(name)]
-    if unset:
-        remedy = f"type export {unset[0]}=/folder/of/the/data before you start"
-        if unset[0] in MAKE_VARIABLES:
-            remedy = "say it to make, as in make report STUDY=own_data DATA=cells.h5ad LABEL=celltype"
-        what = "name" if key == "label" else "path"
-        msg = (
-            f"{key}: {written} needs the variable {unset[0]}, which is not set; {remedy}, or write the whole {what} "
-            "into the params file."
-        )
-        raise UserError(msg)
-
-
-def require_column(obs: pd.DataFrame, key: str, column: str | None) -> None:
-    """Raise a `UserError` if a key names an obs column that is not there."""
-    if column is not None and column not in obs:
-        refuse_unset(key, column)
-        remedy = nearest(column, obs.columns)
-        if obs.columns.empty:
-            remedy = "there are none at all: set obs_table to a csv or tsv with one, cell names in the first column"
-        msg = f"{key}: the cells have no obs column {column!r}; {remedy}."
-        raise UserError(msg)
-
-
-def require_values(key: str, wanted: Iterable[str], column: str, values: pd.Series, when: str = "") -> None:
-    """Raise a `UserError` if a key names a value that no cell has."""
-    present = sorted(values.unique())
-    for value in wanted:
-        if value not in present:
-            msg = f"{key}: no cell has {value!r} in obs column {column!r}{when}; {nearest(value, present)}."
-            raise UserError(msg)
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return "choose one of ..." with a hint at the choice most like `name`, for error messages."""
-    choices = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(name), choices, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    shown = ", ".join(choices[:20]) + (", ..." if len(choices) > 20 else "")
-    return f"choose one of: {shown or 'none, there is no other'}{hint}"
-
-
-def read_table(key: str, path: Path, **options: object) -> pd.DataFrame:
-    """Read a csv, or a tsv where the name says so (.tsv, .txt), also gzipped.
-
-    Raises
-    ------
-    UserError
-        It is empty or no table.
-    """
-    separator = "\t" if {".tsv", ".txt"} & set(path.suffixes) else ","
-    with explained(f"{key}: {path} as a table", "write it as csv or tsv with a header"):
-        return pd.read_csv(path, sep=separator, **options)
 
 
 def _first_counts(file: h5py.File, places: dict[str, str], path: Path) -> tuple[str, sparse.csr_matrix]:

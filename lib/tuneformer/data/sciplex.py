@@ -18,7 +18,7 @@ from scipy import sparse
 
 from tuneformer.artifacts import UserError
 from tuneformer.data import readers
-from tuneformer.data.readers import nearest
+from tuneformer.data.refusals import explained, nearest, require_column, require_values
 from tuneformer.data.simulate import DRUGS
 from tuneformer.study import Study
 
@@ -46,7 +46,7 @@ def read_harmonised(path: Path, settings: Study) -> ad.AnnData:
     UserError
         Damaged, other columns than expected, or an oligo that does not read ``<drug>_<dose>_<well>``.
     """
-    with readers.explained(path, AGAIN), h5py.File(path) as file:
+    with explained(path, "sci-Plex", AGAIN), h5py.File(path) as file:
         obs, var = ad.io.read_elem(file["obs"]), ad.io.read_elem(file["var"])
         matrix = sparse.csr_matrix(ad.io.read_elem(file["X"]))
     if "top_oligo" not in obs:
@@ -76,14 +76,14 @@ def read_geo(folder: Path, settings: Study) -> ad.AnnData:
             msg = f"{folder} has {len(files)} files GSM4150377_sciPlex2_*{part}*.gz, where one is needed; {AGAIN}."
             raise UserError(msg)
     matrix_file, genes_file, cells_file, hashes_file = (files[0] for files in found)
-    with readers.explained(folder, AGAIN):
+    with explained(folder, "sci-Plex", AGAIN):
         genes = pd.read_csv(genes_file, sep="\t", header=None, names=["ensembl_id", "symbol"], dtype=str)
         cells = pd.read_csv(cells_file, sep="\t", header=None, usecols=[0], dtype=str)[0]
         table = pd.read_csv(hashes_file, sep=" ")
         table = table.set_index(_column(table, "Cell", hashes_file).astype(str))
         matrix = _read_triplets(matrix_file, n_cells=len(cells), n_genes=len(genes))
     if not cells.isin(table.index).any() or table.index.has_duplicates or cells.duplicated().any():
-        msg = f"{folder}: the cells of {cells_file.name} and {hashes_file.name} do not pair off; {AGAIN}."
+        msg = f"{folder}: the cells of {cells_file.name} and {hashes_file.name} do not pair off; delete both and start again."
         raise UserError(msg)
     obs = table.reindex(cells).rename_axis(None)
     _column(obs, "top_oligo", hashes_file)
@@ -163,7 +163,7 @@ def read_sciplex3(path: Path, settings: Study) -> ad.AnnData:
     if limits:
         msg = f"{limits[0]}: {path.name} has no hash statistics; set {', '.join(HASH_LIMITS)} to null for sciplex3."
         raise UserError(msg)
-    with readers.explained(path, AGAIN), h5py.File(path) as file:
+    with explained(path, "sci-Plex", AGAIN), h5py.File(path) as file:
         var = _var_table(ad.io.read_elem(file["var"]), path)
         obs = _design_3(ad.io.read_elem(file["obs"]), path)
         asked, is_human = _is_asked(obs, settings), var["ensembl_id"].str.startswith("ENSG").to_numpy()
@@ -211,13 +211,13 @@ def _with_treatment(table: pd.DataFrame, max_dose: pd.Series | float) -> pd.Data
 def _is_asked(obs: pd.DataFrame, settings: Study) -> np.ndarray:
     """Return which cells the task of a study selects."""
     for key in ("label", "select_column"):
-        readers.require_column(obs, key, getattr(settings, key))
+        require_column(obs, key, getattr(settings, key))
     asked = obs[settings.label].notna()
     if settings.classes:
         asked &= obs[settings.label].isin(settings.classes)
     if settings.select_column is not None:
         values = obs[settings.select_column]
-        readers.require_values("select_values", settings.select_values, settings.select_column, values.dropna())
+        require_values("select_values", settings.select_values, settings.select_column, values.dropna())
         asked &= values.isin(settings.select_values)
     if not asked.any():
         msg = f"classes: no selected cell has one of them in {settings.label!r}; change classes or select_values."

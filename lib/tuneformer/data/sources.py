@@ -16,6 +16,7 @@ from tuneformer import paths
 from tuneformer.artifacts import key
 from tuneformer.data import fetch, readers, sciplex, simulate
 from tuneformer.data.fetch import RemoteFile
+from tuneformer.data.refusals import expanded_path
 from tuneformer.data.simulate_pancreas import simulate_pancreas
 from tuneformer.study import Study
 
@@ -158,8 +159,8 @@ def load(settings: Study) -> ad.AnnData:
     Returns
     -------
     AnnData (cells, genes): raw counts in ``X`` (sparse, by rows), ``var["ensembl_id"]``, ``var["symbol"]``,
-    ``uns["dataset"]``: name, simulated (bool), title, source, licence, hash (see `source_key`). Cells that were tokenized
-    by others have no genes.
+    ``uns["dataset"]``: name, simulated (bool), title, source, licence, hash (`source_key`). Cells that others tokenized
+    have no genes.
 
     Raises
     ------
@@ -208,7 +209,7 @@ def source_path(settings: Study) -> Path | None:
         The data set is your own, and a $VARIABLE in ``path`` is not set, or there is nothing there.
     """
     if settings.dataset == "own":
-        return readers.expanded_path("path", settings.path)
+        return expanded_path("path", settings.path, "an h5ad file with raw counts")
     files = SOURCES[settings.dataset].files
     return None if not files else files[0].target if len(files) == 1 else files[0].target.parent
 
@@ -237,7 +238,7 @@ def _local_files(settings: Study) -> list[Path]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     files = [file for file in files if not file.name.startswith("cache-")]  # which datasets leaves beside its files
     table = settings.obs_table
-    return files if table is None else [*files, readers.expanded_path("obs_table", table)]
+    return files if table is None else [*files, expanded_path("obs_table", table)]
 
 
 def _names_hash(checkpoint: str) -> str | None:

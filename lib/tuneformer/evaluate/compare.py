@@ -16,7 +16,8 @@ from tuneformer.evaluate.resampling import NOTHING, Estimate, Scored, score_task
 from tuneformer.study import BASELINES, CONTROL, GENE_BASELINES, Contrast, Study, contrasts
 
 ALPHA = 0.05
-TAIL = 0.025  # on either side of an interval
+CONFIDENCE = 0.95
+TAIL = (1 - CONFIDENCE) / 2
 HIGHER, LOWER, SAME, UNDECIDED = "higher", "lower", "same", "not decided"
 NAMES = {"macro_f1": "macro-F1", "weighted_f1": "weighted F1", "auc": "AUC"}
 COLUMNS = ["task", *Contrast._fields, "difference", "low", "high", "p", "p_holm", "p_same", "verdict"]
@@ -72,7 +73,7 @@ def judge(
             estimate = found.estimate(one.arm, one.reference, n_train=trained, fixed_model=fixed_model)
             row = {"task": task, **one._asdict(), **estimate._asdict(), "folds": found.folds}
             seeds = len(found.seeds(one.arm, one.reference))
-            sizes = {"cells": sum(found.cells.values()), "units": found.n_units} if seeds else {"cells": 0, "units": 0}
+            sizes = {"cells": found.n_cells, "units": found.n_units} if seeds else {"cells": 0, "units": 0}
             rows.append(row | {"seeds": seeds, **sizes})
     names = {*COLUMNS, *Estimate._fields} - {"difference"}
     table = pd.DataFrame(rows, columns=None if rows else sorted(names)).assign(score=score, margin=margin)
@@ -80,12 +81,16 @@ def judge(
     half = stats.t.ppf(1 - TAIL, df) * error
     table["low"], table["high"] = np.clip(value - half, -1, 1), np.clip(value + half, -1, 1)
     table["p"] = 2 * stats.t.sf(np.abs(value) / error, df)
-    table["p_holm"] = holm(table["p"])
-    table["p_same"] = holm(stats.t.sf((margin - np.abs(value)) / error, df))  # the larger of the two one-sided p values
-    is_other = table["p_holm"] < alpha
-    cases = [is_other & (value > 0), is_other & (value < 0), table["p_same"] < alpha]
-    table["verdict"] = np.select(cases, [HIGHER, LOWER, SAME], UNDECIDED)
-    return table.rename(columns={"value": "difference"})[COLUMNS]
+    table["p_same"] = stats.t.sf((margin - np.abs(value)) / error, df)  # the larger of the two one-sided p values
+    return decided(table.rename(columns={"value": "difference"}), alpha)[COLUMNS]
+
+
+def decided(table: pd.DataFrame, alpha: float = ALPHA) -> pd.DataFrame:
+    """Add ``p_holm`` and ``verdict`` to rows with difference, p and p_same, and correct ``p_same`` over all rows."""
+    table = table.assign(p_holm=holm(table["p"]), p_same=holm(table["p_same"]))
+    is_other, is_more = table["p_holm"] < alpha, table["difference"] > 0
+    cases = [is_other & is_more, is_other & ~is_more, table["p_same"] < alpha]
+    return table.assign(verdict=np.select(cases, [HIGHER, LOWER, SAME], UNDECIDED))
 
 
 def arm_scores(
@@ -95,11 +100,9 @@ def arm_scores(
     n_train: Mapping[tuple[str, str], float] | None = None,
     fixed_model: bool = False,
 ) -> pd.DataFrame:
-    """Return the mean score of each arm with its 95 % interval, for other seeds and test cells; over folds, corrected.
+    """Return the mean score of each arm with its 95 % `interval`, for other seeds and test cells; over folds, corrected.
 
-    The interval is computed on the logit scale (delta method), so that it stays between 0 and 1. At 0 and 1 it is that
-    of Clopper and Pearson, for as many cells as the smallest class has, times the number of classes. With one seed and
-    one test set there is none. Parameters as `judge`.
+    With one seed and one test set there is no interval. Parameters as `judge`.
 
     Returns
     -------
@@ -108,17 +111,25 @@ def arm_scores(
     rows = []
     for task, found in _scored(predictions, score).items():
         for arm in dict.fromkeys(arm for arm, _ in found.place):
-            trained = (n_train or {}).get((task, arm))
-            mean, error, df = found.estimate(arm, n_train=trained, fixed_model=fixed_model)
-            low = high = np.nan
-            if 0 < mean < 1:
-                half = stats.t.ppf(1 - TAIL, df) * error / (mean * (1 - mean))
-                low, high = special.expit(special.logit(mean) + np.array([-half, half]))
-            elif not np.isnan(error):
-                edge = TAIL**found.floor
-                low, high = (edge, 1.0) if mean == 1 else (0.0, 1 - edge)
-            rows.append({"task": task, "arm": arm, "mean": mean, "low": low, "high": high})
+            estimate = found.estimate(arm, n_train=(n_train or {}).get((task, arm)), fixed_model=fixed_model)
+            low, high = interval(estimate, found.floor)
+            rows.append({"task": task, "arm": arm, "mean": estimate.value, "low": low, "high": high})
     return pd.DataFrame(rows, columns=["task", "arm", "mean", "low", "high"])
+
+
+def interval(estimate: Estimate, floor: float = 1.0) -> tuple[float, float]:
+    """Return the 95 % interval of a score, computed on the logit scale (delta method): it stays between 0 and 1.
+
+    At 0 and 1 it is that of Clopper and Pearson for 1 / `floor` cells (the smallest class times the number of classes).
+    """
+    mean, error, df = estimate
+    if np.isnan(error):
+        return np.nan, np.nan
+    if 0 < mean < 1:
+        half = stats.t.ppf(1 - TAIL, df) * error / (mean * (1 - mean))
+        low, high = special.expit(special.logit(mean) + np.array([-half, half]))
+        return float(low), float(high)
+    return (TAIL**floor, 1.0) if mean == 1 else (0.0, 1 - TAIL**floor)
 
 
 def answer(
@@ -131,7 +142,7 @@ def answer(
     runs, predictions
         Rows of ``runs.csv`` and ``predictions.parquet``. A run that failed leaves its arm and seed out.
     declared
-        Contrasts, where they are not those of the params file (the variants of a compressed model).
+        Contrasts; None takes those of the study and, for compression, compares every variant with the first.
 
     Returns
     -------
@@ -139,12 +150,16 @@ def answer(
     ``n_contrasts`` (of all tasks) and ``tasks``: for each ``task``, ``folds``, ``seeds``, ``test_cells`` (by class),
     ``arms`` (best first: `arm_scores`, n_runs, n_failed, is_baseline, is_control) and ``contrasts`` (`judge`).
     """
-    declared = contrasts(settings) if declared is None else declared
-    is_ok = runs["status"] == "ok"
+    is_ok, is_compression = runs["status"] == "ok", settings.kind == "compression"
+    if declared is None:
+        first, *variants = runs["arm"].unique()
+        declared = [Contrast(arm, first, arm) for arm in variants] if is_compression else contrasts(settings)
     scored = dict.fromkeys(settings.tasks, NOTHING) | score_tasks(predictions, settings.score)
-    options = {"score": settings.score, "fixed_model": settings.kind == "compression"}
-    options["n_train"] = runs[is_ok].groupby(["task", "arm"])["n_train"].mean().to_dict()
-    judged, means = judge(scored, declared, margin=settings.margin, **options), arm_scores(scored, **options)
+    options: dict[str, Any] = {"score": settings.score, "fixed_model": is_compression}
+    if any(found.folds for found in scored.values()):
+        options["n_train"] = runs[is_ok].groupby(["task", "arm"])["n_train"].mean().to_dict()
+    judged = judge(scored, declared, margin=settings.margin, **options)
+    means = arm_scores(scored, **options)
     runs = runs.assign(n_runs=is_ok, n_failed=~is_ok, is_control=runs["strategy"] == CONTROL)
     runs["is_baseline"] = runs["strategy"].isin([*BASELINES, *GENE_BASELINES])
     counted = {"n_runs": "sum", "n_failed": "sum", "is_baseline": "any", "is_control": "any"}
@@ -157,10 +172,9 @@ def answer(
         contrasts_of_task = judged[judged["task"] == task].drop(columns="task")
         head = {"task": task, "folds": found.folds, "seeds": sorted(map(int, of_task["seed"].unique()))}
         head["test_cells"] = {name: int(number) for name, number in found.cells.items()}
-        tasks.append({**head, "arms": _plain(arms), "contrasts": _plain(contrasts_of_task)})
+        tasks.append({**head, "arms": plain(arms), "contrasts": plain(contrasts_of_task)})
     head = {name: getattr(settings, name) for name in ("study", "question", "simulated", "kind", "score", "margin")}
-    has_folds = any(found.folds for found in scored.values())
-    rule = _rule(settings, len(judged), has_folds=has_folds)
+    rule = _rule(settings, len(judged), has_folds="n_train" in options)
     return {**head, "alpha": ALPHA, "rule": rule, "n_contrasts": len(judged), "tasks": tasks}
 
 
@@ -179,7 +193,7 @@ def sentence(row: Mapping[str, Any]) -> str:
     shown = f"{row['difference']:+.3f} {score_name(row['score'])}"
     shown += f" ({row['low']:+.3f} to {row['high']:+.3f})" if is_tested else ""
     sizes = [_counted(row["folds"], "fold")] if row["folds"] else []
-    sizes += [_counted(row["seeds"], "seed"), _counted(row["cells"], "test cell")]
+    sizes += [_counted(row["seeds"], "seed"), _counted(row["cells"], "gene" if row["score"] == "auc" else "test cell")]
     sizes[-1] += f" in {_counted(row['units'], 'group')}" if row["units"] < row["cells"] and not row["folds"] else ""
     if verdict == UNDECIDED and is_tested and row["p"] < ALPHA:
         sizes.append(f"p = {row['p']:.3f} alone and {row['p_holm']:.3f} among all contrasts of the study")
@@ -280,7 +294,7 @@ def _rule(settings: Study, n: int, *, has_folds: bool) -> str:
     )
 
 
-def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return rows as JSON can hold them: NaN as None, numbers with six digits."""
     rows = table.to_dict("records")
     rounded = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]

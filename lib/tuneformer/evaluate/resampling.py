@@ -44,6 +44,11 @@ class Scored:
     folds: int
     floor: float
 
+    @property
+    def n_cells(self) -> int:
+        """The number of test cells."""
+        return sum(self.cells.values())
+
     def seeds(self, *arms: str) -> list[int]:
         """Return the seeds that all of these arms have."""
         return sorted(set.intersection(*({seed for name, seed in self.place if name == arm} for arm in arms)))
@@ -64,8 +69,8 @@ class Scored:
             columns = [self.place[reference, seed] for seed in seeds]
             values, drawn = values - self.values[:, columns], drawn - self.drawn[:, columns]
         if self.folds:
-            n_test = sum(self.cells.values()) / self.folds
-            return resampled(values.mean(axis=1), n_train or n_test * (self.folds - 1), n_test, floor=self.floor)
+            n_test = self.n_cells / self.folds
+            return resampled_t(values.mean(axis=1), n_train or n_test * (self.folds - 1), n_test, floor=self.floor)
         return crossed(values[0], drawn, self.n_units, floor=self.floor, fixed_model=fixed_model)
 
 
@@ -116,7 +121,7 @@ def crossed(
     return Estimate(observed.mean(), np.sqrt(variance), variance**2 / uncertainty if uncertainty else n - 1)
 
 
-def resampled(values: np.ndarray, n_train: float, n_test: float, *, floor: float = 0.0) -> Estimate:
+def resampled_t(values: np.ndarray, n_train: float, n_test: float, *, floor: float = 0.0) -> Estimate:
     """Estimate a mean over folds or repeated splits of the same cells, (splits,).
 
     The training sets of the splits overlap, so their scores are correlated: the variance of the mean of J values is

@@ -56,11 +56,12 @@ def run_job(settings: Study) -> pd.DataFrame:
     """
     rows, asked = [], settings.runs()
     for number, one in enumerate(asked, start=1):
-        start = time.perf_counter()
+        start, is_new = time.perf_counter(), stored_key(paths.run_dir(one)) != run_key(one)
         rows.append(run(one))
-        judged = f"macro-F1 {rows[-1]['macro_f1']:.3f}" if rows[-1]["status"] == "ok" else rows[-1]["status"]
-        line = f"[{number}/{len(asked)}] {describe(one)}: {judged}, {time.perf_counter() - start:.1f} s"
-        print(line, file=sys.stderr, flush=True)
+        if is_new:
+            judged = f"macro-F1 {rows[-1]['macro_f1']:.3f}" if rows[-1]["status"] == "ok" else rows[-1]["status"]
+            line = f"[{number}/{len(asked)}] {describe(one)}: {judged}, {time.perf_counter() - start:.1f} s"
+            print(line, file=sys.stderr, flush=True)
     return pd.DataFrame(rows)
 
 

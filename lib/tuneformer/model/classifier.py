@@ -4,6 +4,7 @@ In: a checkpoint (config.json, model.safetensors), the vocabulary and classes of
 `CellClassifier` with a new head; `Cells`, the batches of a memory-mapped dataset; and the folder of a fitted model.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def read_config(folder: Path) -> BertConfig:
     """Read the configuration of a checkpoint; UserError if there is none, or it is not that of a BERT."""
     path = folder / "config.json"
     try:
-        values, _ = BertConfig.get_config_dict(folder, local_files_only=True)
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         msg = f"{shown(path)} cannot be read; set checkpoint to demo or to the folder of a Geneformer model."
         raise UserError(msg) from error

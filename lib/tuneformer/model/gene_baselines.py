@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = [1e-4, 1e-3, 1e-2, 1e-1, 1e0]  # C of scikit-learn, 1 / penalty: the strongest penalty first
 INNER_FOLDS = 4
+DRAWS = 9999  # permutations of the classes of test genes
 
 
 def expression_features(settings: Study, task: "GeneTask", cells: "ad.AnnData") -> np.ndarray:
@@ -131,6 +132,37 @@ def pair_auc(scores: Any, target: Any, fold: Any) -> float:
             areas.append(roc_auc_score(rows["target"], rows["score"]))
             n_pairs.append(n_positive * (len(rows) - n_positive))
     return float(np.average(areas, weights=n_pairs)) if areas else np.nan
+
+
+def chance_aucs(predictions: pd.DataFrame, positive: str) -> np.ndarray:
+    """Draw the AUC that the scores of an arm would have if they said nothing about the classes of the genes.
+
+    The classes of the test genes are permuted within each fold, the same for all seeds, and the scores stay. This alone
+    is too narrow: a gene that is tested in one fold is learnt from in the others, so that the folds err together.
+    Deviations are therefore widened by sqrt(1 + J n_test / n_train) for J folds, as Nadeau and Bengio (2003, Machine
+    Learning 52:239) widen the error of a mean over folds. What it covers: which test genes have which class, and in
+    this approximation that other training genes would have given other models; not that other genes could be listed.
+
+    Parameters
+    ----------
+    predictions
+        Test genes of an arm: cell (the gene), label, seed, fold and score.
+
+    Returns
+    -------
+    (`DRAWS`,), around one half; the same at each call.
+    """
+    target = predictions["label"].astype(str) == positive
+    rank = predictions.groupby(["seed", "fold"], observed=True)["score"].rank()
+    genes = predictions.assign(rank=rank, target=target).groupby(["fold", "cell"], observed=True)[["rank", "target"]]
+    rng, won, n_pairs = np.random.default_rng(0), np.zeros(DRAWS), 0
+    folds = [rows for _, rows in genes.mean().groupby("fold")]
+    for rows in folds:
+        n = int(rows["target"].sum())
+        drawn = rng.permuted(np.tile(rows["rank"].to_numpy(), (DRAWS, 1)), axis=1)[:, :n]
+        won += drawn.sum(axis=1) - n * (n + 1) / 2  # pairs won by positive genes (Mann and Whitney 1947)
+        n_pairs += n * (len(rows) - n)
+    return 0.5 + (won / n_pairs - 0.5) * np.sqrt(1 + len(folds) / (len(folds) - 1))
 
 
 def best_threshold(scores: np.ndarray, target: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """Classes of genes from their places in cells: each token of a labelled gene is classified, in the context of its cell.
 
-In: a study and its `GeneTask`. Out: one row per arm, seed and fold, and a score for every gene from the fold in which it
-was tested.
+In: a study and its `GeneTask`. Out: one row per arm, seed and fold, and a score for every gene from the fold in which
+it was tested.
 
 Source of the method: Theodoris et al. 2023 (doi:10.1038/s41586-023-06139-9), Methods, "Geneformer fine-tuning" for
 dosage-sensitive transcription factors. As there, the folds are made of genes, and the same cells are the context of
@@ -55,8 +55,8 @@ class GeneRuns:
     gene, in context and other cells), ``token_auc`` (one vote per token, as published), ``accuracy`` and
     ``balanced_accuracy`` at the threshold. ``predictions``: rows of ``predictions.parquet``; a gene is a ``cell`` of
     it, with ``score`` and ``score_other``, the logit of the positive class. ``history``: one row per epoch. ``curves``:
-    true-positive rates at `CURVE` by arm, one row per fold and seed. ``null``: AUC of the baselines (columns), learnt
-    anew from permuted classes, one row per permutation.
+    true-positive rates at `CURVE` by arm, one row per fold and seed. ``null``: AUC of each arm (columns) by chance, as
+    `gene_baselines.chance_aucs` draws it; ``relearnt``: that of the baselines, learnt anew from permuted classes.
     """
 
     runs: pd.DataFrame
@@ -64,6 +64,7 @@ class GeneRuns:
     history: pd.DataFrame
     curves: dict[str, np.ndarray]
     null: pd.DataFrame
+    relearnt: pd.DataFrame
 
 
 class GeneClassifier(BertPreTrainedModel):
@@ -83,7 +84,7 @@ class GeneClassifier(BertPreTrainedModel):
 
 
 def methods(settings: Study) -> list[Study]:
-    """Return the arms of a study that can tell genes apart; to those of a study of cells, add the baselines of genes."""
+    """Return the arms of a study that can tell genes apart; a study of cells gets the baselines of genes as well."""
     arms = [settings.with_arm(arm) for arm in settings.arms]
     arms = [arm for arm in arms if arm.strategy not in BASELINES]
     if settings.kind != "genes":
@@ -102,18 +103,19 @@ def run_study(settings: Study, task: GeneTask) -> GeneRuns:
     tuned = [(arm.at(seed=seed), one) for arm, one in tuned for seed in settings.seeds]
     control = [(arm, permuted(settings, task, arm.seed)) for arm, _ in tuned[: len(settings.seeds)]]
     folds = [run_fold(arm, one, fold) for arm, one in tuned + control for fold in range(settings.gene_folds)]
-    null = {}
-    for arm in arms:
-        if arm.is_baseline:
-            found, null[arm.arm] = fit_baseline(arm.at(seed=settings.seeds[0]), task)
-            folds += found
-    curves: dict[str, list] = {}
+    relearnt, curves = {}, {}
+    for arm in (arm.at(seed=settings.seeds[0]) for arm in arms if arm.is_baseline):
+        found, relearnt[arm.arm] = fit_baseline(arm, task)
+        folds += found
     for fold in folds:
         if fold.curve is not None:
             curves.setdefault(fold.row["arm"], []).append(fold.curve)
     runs = pd.DataFrame([fold.row for fold in folds])
-    tables = [pd.concat([fold[place] for fold in folds], ignore_index=True) for place in (1, 2)]
-    return GeneRuns(runs, *tables, {arm: np.array(found) for arm, found in curves.items()}, pd.DataFrame(null))
+    predictions, history = (pd.concat([fold[place] for fold in folds], ignore_index=True) for place in (1, 2))
+    by_arm = predictions[~predictions["arm"].str.endswith(PERMUTED)].groupby("arm", sort=False)
+    null = {arm: gene_baselines.chance_aucs(rows, task.classes[1]) for arm, rows in by_arm}
+    curves = {arm: np.array(found) for arm, found in curves.items()}
+    return GeneRuns(runs, predictions, history, curves, pd.DataFrame(null), pd.DataFrame(relearnt))
 
 
 def run_fold(settings: Study, task: GeneTask, fold: int) -> Fold:
@@ -147,8 +149,7 @@ def run_fold(settings: Study, task: GeneTask, fold: int) -> Fold:
 def fold_key(settings: Study, task: GeneTask) -> str:
     """Return the key of everything that one fold, or one baseline, depends on."""
     parameters = settings.keys(TrainingKeys) | settings.keys(GenesKeys)
-    for name in ("device", "threads", "folds"):
-        del parameters[name]
+    del parameters["device"], parameters["threads"]
     return key(VERSION, parameters, settings.seed, settings.fold, task.key, fetch.checkpoint_key(settings.checkpoint))
 
 
@@ -214,24 +215,22 @@ def _train(settings: Study, task: GeneTask, folder: Path) -> None:
         return {"validation_auc": float(roc_auc_score(target[is_validation], means("context")[0][is_validation]))}
 
     log, who = fit.Training(), f"{settings.task} genes {settings.arm} seed {settings.seed} fold {settings.fold}"
-    counts = {f"n_{part}": int((parts == part).sum()) for part in PARTS} | {"key": fold_key(settings, task)}
-    rows, curve, tokens = task.genes[:0], np.full(len(CURVE), np.nan), {}
+    more = {f"n_{part}": int((parts == part).sum()) for part in PARTS} | {"key": fold_key(settings, task)}
+    rows, curve = task.genes[:0], np.full(len(CURVE), np.nan)
+    order = torch.utils.data.RandomSampler(cells["context"], generator=torch.Generator().manual_seed(settings.seed))
     steps = fit.optimizer_steps(settings, len(cells["context"]))
-    epoch = steps // settings.epochs
+    epochs = range(steps // settings.epochs, steps + 1, steps // settings.epochs)
     with log.keeping_failures(who):
         fit.train(
             settings, model, cells["context"], log, plan=plan, loss=loss, validate=validate, steps=steps,
-            validate_at=range(epoch, steps + 1, epoch), best="validation_auc", who=who,
-            sampler=torch.utils.data.RandomSampler(
-                cells["context"], generator=torch.Generator().manual_seed(settings.seed)
-            ),
+            validate_at=epochs, best="validation_auc", sampler=order, who=who,
         )  # fmt: skip
         (scores, of_context), (others, of_others) = means("context"), means("other")
         threshold = best_threshold(scores[is_validation], target[is_validation])
         rows = task.genes.assign(score=scores, score_other=others, threshold=threshold)[is_test]
-        tokens = {"token_auc": _token_roc(rows, of_context)[0], "token_auc_other": _token_roc(rows, of_others)[0]}
-        curve = _token_roc(rows, of_context)[1]
-    row, predictions = _judged(settings, task, rows, log, counts | {"best_epoch": log.best_epoch} | tokens)
+        more["token_auc"], curve = _token_roc(rows, of_context)
+        more["token_auc_other"], _ = _token_roc(rows, of_others)
+    row, predictions = _judged(settings, task, rows, log, more | {"best_epoch": log.best_epoch})
     write_json(folder / "row.json", row)
     predictions.to_parquet(folder / "predictions.parquet", index=False)
     log.history.to_csv(folder / "history.csv", index=False)
@@ -244,7 +243,6 @@ def token_logits(model: GeneClassifier, cells: Cells, task: GeneTask, bf16: bool
     scored = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     scored[task.genes["token_id"].to_numpy()] = True
     scored, tokens, logits = scored.to(model.device), [], []
-    was_training = model.training
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         for _, batch in cells.sorted_batches(model.device):
@@ -252,7 +250,6 @@ def token_logits(model: GeneClassifier, cells: Cells, task: GeneTask, bf16: bool
             both = model(**batch, chosen=chosen).double()  # (chosen tokens, 2)
             tokens.append(batch["input_ids"][chosen].cpu().numpy())
             logits.append((both[:, 1] - both[:, 0]).cpu().numpy())
-    model.train(was_training)
     table = pd.DataFrame({"token_id": np.concatenate(tokens), "logit": np.concatenate(logits)})
     if not np.isfinite(table["logit"]).all():
         msg = "the model predicts values that are not finite; set a smaller learning_rate, or precision: fp32."

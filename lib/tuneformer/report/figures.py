@@ -18,8 +18,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tuneformer import paths
+from tuneformer.arms import READ_BY
 from tuneformer.artifacts import atomic_path, write_text
 from tuneformer.evaluate import scores
+from tuneformer.keys import TrainingKeys
 from tuneformer.report.tables import COSTS, score_name
 from tuneformer.study import Study
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 # Okabe & Ito 2008, distinct under every common form of colour blindness; yellow, too pale for lines, comes last.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#F0E442")
-MARKERS = "osD^vPX<>"
 CONTROL = "#777777"
 KINDS = {"fine-tuned": PALETTE[0], "control": CONTROL, "baseline": PALETTE[1]}
 LEGEND_MOST = 12  # names that a legend can hold
@@ -143,54 +144,56 @@ def contrast_differences(results: "Results") -> Figure:
     handles = [
         Line2D([], [], color=looks[name], marker="o", label=name) for name in looks if name in set(rows["verdict"])
     ]
-    _head(figure, "The differences that were asked for", results, handles=handles)
+    _head(figure, "The declared contrasts", results, handles=handles)
     _foot(figure, f"Lines: 95 % interval. Grey band: within {answer['margin']:g}, which counts as the same.")
     return figure
 
 
 def by_columns(results: "Results") -> Figure:
-    """Draw the columns that the study's key `figure` names: y against x, one line or colour per hue.
+    """Draw the columns that the study's key `figure` names: y against x, a line for each value of hue.
 
-    A number on x gives lines, anything else points. Arms that have no x are horizontal lines. The intervals are the
-    answer's; a y that the answer does not judge has none.
+    A number on x gives lines, anything else points. Arms that differ in more than x and hue have lines of their own,
+    named by what differs; arms that have no x are horizontal. The intervals are the answer's; another y has none.
     """
     wanted = results.settings.figure
-    x, hue, y = wanted["x"], wanted.get("hue"), wanted.get("y", results.answer["score"])
-    runs = results.runs[results.runs[y].notna()]
-    judged = y == results.answer["score"]
-    columns = [name for name in dict.fromkeys((x, hue)) if name]
-    tasks = [task["task"] for task in results.answer["tasks"]]
-    figure, axes = _panels(len(tasks), 3.6, width=5.0)
-    levels = list(runs.loc[runs[x].notna(), hue].unique()) if hue else None
+    x, y = wanted["x"], wanted.get("y", results.answer["score"])
+    runs, is_judged = results.runs[results.runs[y].notna()], y == results.answer["score"]
+    lines = _lines_of(runs, x, wanted.get("hue"))
+    runs = runs.drop(columns=x).join(lines, on="arm")
+    levels = list(lines.loc[lines[x].notna(), "line"].unique())
+    look = {
+        "x": x,
+        "hue": "line",
+        "hue_order": levels,
+        "palette": [PALETTE[k % len(PALETTE)] for k in range(len(levels))],
+    }
+    figure, axes = _panels(len(results.answer["tasks"]), 3.6, width=5.0)
     for ax, task in zip(axes, results.answer["tasks"], strict=True):
         of_task = runs[runs["task"] == task["task"]]
-        arms = of_task.groupby("arm", sort=False)[columns].first().join(of_task.groupby("arm")[y].mean().rename("mean"))
-        bars = arms.assign(low=arms["mean"], high=arms["mean"])
-        if judged:
-            bars = arms[columns].join(pd.DataFrame(task["arms"]).set_index("arm")[["low", "mean", "high"]])
-        look = {"x": x, "hue": hue, "hue_order": levels, "palette": list(PALETTE)[: len(levels)] if levels else None}
-        points = _low_mean_high(bars[bars[x].notna()].reset_index())
-        if pd.api.types.is_numeric_dtype(points[x]):
+        bars = pd.DataFrame(task["arms"]).set_index("arm")[["low", "mean", "high"]]
+        if not is_judged:
+            bars = of_task.groupby("arm", sort=False)[[y]].mean().set_axis(["mean"], axis=1)
+        bars = bars.join(lines, how="inner")
+        points = _low_mean_high(bars[bars[x].notna()])
+        if pd.api.types.is_numeric_dtype(lines[x]):
             sns.scatterplot(of_task, y=y, s=18, alpha=0.35, linewidth=0, legend=False, ax=ax, **look)
-            lines = {"style": hue, "markers": True, "dashes": False, "err_style": "bars", "err_kws": {"capsize": 3}}
-            sns.lineplot(points, y="value", ax=ax, **lines, **look, **BARS)
+            style = {"style": "line", "style_order": levels, "markers": True, "dashes": False, "err_style": "bars"}
+            sns.lineplot(points, y="value", err_kws={"capsize": 3}, ax=ax, **style, **look, **BARS)
             _number_axis(ax, points[x], at_values=True)
         else:
-            sns.stripplot(of_task, y=y, dodge=bool(hue), marker="_", legend=False, ax=ax, **TICKS, **look)
-            dodge = {"dodge": 0.8 - 0.8 / len(levels)} if hue and len(levels) > 1 else {}
-            sns.pointplot(points, y="value", linestyle="none", markers="D", ax=ax, **dodge, **look, **BARS)
-        for (name, row), style in zip(
-            bars[bars[x].isna()].iterrows(), ("--", ":", "-.", (0, (6, 2))) * 9, strict=False
-        ):
-            ax.axhline(row["mean"], color=CONTROL, linestyle=style, linewidth=1.3, label=f"arm {name}")
+            sns.stripplot(of_task, y=y, dodge=True, marker="_", legend=False, ax=ax, **TICKS, **look)
+            dodge = 0.8 - 0.8 / len(levels)
+            sns.pointplot(points, y="value", linestyle="none", markers="D", dodge=dodge, ax=ax, **look, **BARS)
+        styles = itertools.cycle(("--", ":", "-.", (0, (6, 2))))
+        for name, mean in bars.loc[bars[x].isna(), "mean"].items():
+            ax.axhline(mean, color=CONTROL, linestyle=next(styles), linewidth=1.3, label=f"arm {name}")
         ax.set(xlabel=score_name(x), ylabel=score_name(y), title=task["task"])
-    handles, labels = axes[0].get_legend_handles_labels()
-    for ax in axes:
+        handles = ax.get_legend_handles_labels()
         if ax.get_legend():
             ax.get_legend().remove()
-    figure.legend(handles, labels, loc="outside right center", title=score_name(hue) if hue else None)
+    figure.legend(*handles, loc="outside right center", title=score_name(wanted["hue"]) if "hue" in wanted else None)
     _head(figure, f"{score_name(y)} by {score_name(x).lower()}", results)
-    _foot(figure, "Faint dots: runs. Lines: means" + (", with the 95 % interval." if judged else "."))
+    _foot(figure, "Faint: runs. Lines and marks: means" + (", with the 95 % interval." if is_judged else "."))
     return figure
 
 
@@ -250,7 +253,7 @@ def training_curves(history: pd.DataFrame, *, title: str = "") -> Figure:
         the left, the validation scores to the right. A column best_epoch marks the epochs whose weights were kept.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    losses = {name: _words(name) for name in history if "loss" in name}
+    losses = {name: name.replace("_", " ") for name in history if "loss" in name}
     rates = {"validation_accuracy": "accuracy", "validation_macro_f1": "macro-F1"}
     rates = {name: label for name, label in rates.items() if name in history}
     keys = [key for key in ("seed", "fold", "best_epoch") if key in history and history[key].notna().any()]
@@ -269,7 +272,7 @@ def training_curves(history: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
-def confusion(table: pd.DataFrame, title: str, *, ax: Axes | None = None) -> Figure:
+def confusion(table: pd.DataFrame, title: str) -> Figure:
     """Draw what became of the cells of each class; a row sums to one.
 
     Parameters
@@ -277,19 +280,18 @@ def confusion(table: pd.DataFrame, title: str, *, ax: Axes | None = None) -> Fig
     table
         Cells, (true classes, predicted classes), as `tuneformer.evaluate.scores.confusion` counts them.
     """
-    if ax is None:
-        size = 2.6 + 0.75 * len(table)
-        _, ax = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
+    size = 2.6 + 0.75 * len(table)
+    figure, ax = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
     ax.set_title(title)
     if table.empty:
         ax.text(0.5, 0.5, "no predictions", ha="center", va="center")
-        return ax.figure
+        return figure
     shares = table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
     look = {"cmap": "Blues", "vmin": 0, "vmax": 1, "annot": True, "fmt": ".2f", "linewidths": 1, "square": True}
     sns.heatmap(shares, cbar=False, annot_kws={"size": 10 if len(table) <= 5 else 8}, ax=ax, **look)
     _plain_heatmap(ax)
     ax.set(xlabel="Predicted class", ylabel="True class")
-    return ax.figure
+    return figure
 
 
 def confidence_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
@@ -352,20 +354,32 @@ def _panels(number: int, height: float, *, names: list[str] = (), width: float =
     return figure, list(axes[0])
 
 
+def _lines_of(runs: pd.DataFrame, x: str, hue: str | None) -> pd.DataFrame:
+    """Return the x of each arm (missing where the arm does not read that key) and the name of its line."""
+    keys = [name for name in TrainingKeys.model_fields if name in runs and name not in (x, hue)]
+    arms = runs.groupby("arm", sort=False)[list(dict.fromkeys(filter(None, [*keys, x, hue])))].first()
+    for name in filter(None, (x, hue)):
+        reader, values = READ_BY.get(name, ("", set()))
+        arms[name] = arms[name].where(arms[reader].isin(values)) if reader else arms[name]
+    texts = arms[keys].astype(str)
+    usual = texts[arms[x].notna()].mode().iloc[0]
+    for arm in arms.index:
+        own = [str(arms.loc[arm, hue])] if hue and pd.notna(arms.loc[arm, hue]) else []
+        own += [f"{name}: {text}" for name, text in texts.loc[arm].items() if text != usual[name]]
+        arms.loc[arm, "line"] = ", ".join(own) or "mean"
+    return arms[[x, "line"]]
+
+
 def _low_mean_high(table: pd.DataFrame) -> pd.DataFrame:
     """Return three rows per row, value = low, mean and high, which seaborn draws with `BARS`."""
-    keys = [name for name in table if name not in ("low", "mean", "high")]
-    return table.melt(keys, ["low", "mean", "high"], "end", "value").dropna(subset=["value"])
+    ends = table.columns.intersection(["low", "mean", "high"])
+    return table.melt(table.columns.difference(ends), ends, "end", "value").dropna(subset=["value"])
 
 
 def _palette(names: Iterable[str]) -> dict[str, str]:
     """Return a colour per name: grey for the control, the palette in turn for the others."""
     colors = itertools.cycle(PALETTE)
     return {name: CONTROL if name == "random_init" else next(colors) for name in names}
-
-
-def _words(name: str) -> str:
-    return name.replace("macro_f1", "macro-F1").replace("_", " ")
 
 
 def _number_axis(ax: Axes, values: pd.Series, *, at_values: bool) -> None:

@@ -58,7 +58,7 @@ def plan(study: str) -> list[str]:
     ]
     pairs = [f"{one.contrast}: {one.arm} against {one.reference}" for one in contrasts(settings)]
     lines += [f"  {'' if number else 'contrasts':<10} {one}" for number, one in enumerate(pairs)]
-    needed = [one for task in first.values() for one in _remotes(task)]
+    needed = [one for task in first.values() for one in sources.remote_files(task)]
     remotes = list({one.name: one for one in needed}.values())
     missing = [one for one in remotes if not fetch.is_present(one)]
     return [*lines, *_download_lines(missing, len(remotes)), *_disk_lines(runs, missing), *_time_lines(waiting)]
@@ -144,10 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def _remotes(settings: Study) -> list[fetch.RemoteFile]:
-    return [*sources.remote_files(settings), *fetch.checkpoint_files(settings.checkpoint)]
 
 
 def _config(settings: Study) -> "BertConfig":

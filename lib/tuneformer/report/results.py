@@ -76,30 +76,35 @@ def collect(study: str) -> Results:
         raise UserError(msg)
     runs = pd.DataFrame([read_json(paths.run_dir(run) / "row.json") for run in finished])
     scored = [run for run, status in zip(finished, runs["status"], strict=True) if status == "ok"]
-    predictions = _together([_predictions(run) for run in scored], [*PREDICTED, "probability"])
-    history = _together([_history(run) for run in finished], EPOCH)
-    write(
-        settings,
-        runs=runs,
-        predictions=predictions,
-        history=history,
-        answer=compare.answer(settings, runs, predictions),
-    )
+    write(settings, runs, [_predictions(run) for run in scored], [_history(run) for run in finished])
     print(f"{study}: {len(runs)} of {len(asked)} runs, {(runs['status'] != 'ok').sum()} failed")
     return read(study)
 
 
 def write(
-    settings: Study, *, runs: pd.DataFrame, predictions: pd.DataFrame, history: pd.DataFrame, answer: dict[str, Any]
+    settings: Study,
+    runs: pd.DataFrame,
+    predictions: Sequence[pd.DataFrame],
+    history: Sequence[pd.DataFrame],
+    answer: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the five files of a study's results, all of them or none; return their folder."""
+    """Write the five files of a study's results, all of them or none; return their folder.
+
+    Parameters
+    ----------
+    predictions, history
+        Tables to put below each other. Of the probabilities of all classes the highest is kept.
+    answer
+        None computes it with `tuneformer.evaluate.compare.answer`.
+    """
     folder = paths.RUNS / settings.study / "results"
+    whole = _together(predictions, [*PREDICTED, "probability"])
     with atomic_path(folder) as partial:
         partial.mkdir()
         runs.to_csv(partial / "runs.csv", index=False, lineterminator="\n")
-        predictions.to_parquet(partial / "predictions.parquet", index=False, compression="zstd")
-        history.to_parquet(partial / "history.parquet", index=False, compression="zstd")
-        write_json(partial / "answer.json", answer)
+        whole.to_parquet(partial / "predictions.parquet", index=False, compression="zstd")
+        _together(history, EPOCH).to_parquet(partial / "history.parquet", index=False, compression="zstd")
+        write_json(partial / "answer.json", compare.answer(settings, runs, whole) if answer is None else answer)
         write_text(partial / "study.yaml", yaml.safe_dump(_resolved(settings), sort_keys=False, width=120))
     return folder
 
@@ -188,10 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _predictions(run: Study) -> pd.DataFrame:
-    """Read what a run predicted for its test cells; of the probabilities the highest is kept."""
-    table = pd.read_parquet(paths.run_dir(run) / "predictions.parquet")
-    highest = table.filter(like="probability:").max(axis=1).round(3).astype("float32")
-    return table[[*PREDICTED, *table.columns.intersection(["group"])]].assign(probability=highest, **_place(run))
+    """Read what a run predicted for its test cells."""
+    return pd.read_parquet(paths.run_dir(run) / "predictions.parquet").assign(**_place(run))
 
 
 def _history(run: Study) -> pd.DataFrame:
@@ -205,10 +208,14 @@ def _place(run: Study) -> dict[str, Any]:
     return {"task": run.task, "arm": run.arm, "seed": run.seed, "fold": run.fold}
 
 
-def _together(parts: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+def _together(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """Put tables below each other, with names as categories; where there are none, an empty one with these columns."""
     parts = [part for part in parts if len(part)]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*PLACE, *columns])
+    wide = table.filter(like="probability:")
+    if wide.shape[1]:
+        highest = wide.max(axis=1).round(3).astype("float32")
+        table = table.drop(columns=wide.columns).assign(probability=highest)
     names = table.columns.intersection(["task", "arm", "cell", "label", "predicted", "group"])
     table = table[[*PLACE, *table.columns.drop(PLACE)]]
     return table.astype({**dict.fromkeys(names, "category"), "seed": "int64", "fold": "Int64"})

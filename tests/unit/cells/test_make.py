@@ -8,6 +8,7 @@ from tuneformer.artifacts import UserError
 from tuneformer.cells import make
 from tuneformer.cells.pseudobulk import member_names, strata
 from tuneformer.data import qc
+from tuneformer.evaluate import leakage
 from tuneformer.model import fit
 from tuneformer.tokens import encode
 
@@ -47,7 +48,9 @@ def members(cells):
 
 @pytest.mark.parametrize("name", [*SINGLE, *MADE])
 def test_the_test_cells_are_the_real_ones_and_nothing_is_made_of_them(name, demo_cells, made_settings):
-    prepared = make.prepare(made_settings(**(SINGLE | MADE)[name]))
+    settings = made_settings(**(SINGLE | MADE)[name])
+    prepared = make.prepare(settings)
+    leakage.refuse_leaks(prepared, settings)
     cells, table = prepared.cells, prepared.tokens.dataset.remove_columns("input_ids").to_pandas()
     real, test = part(demo_cells, "test"), part(cells, "test")
     assert list(test.obs_names) == list(real.obs_names)

@@ -6,7 +6,7 @@ import pytest
 
 from tuneformer.artifacts import UserError
 from tuneformer.data import simulate, simulate_pancreas
-from tuneformer.data.splits import assign_fold_split, assign_split
+from tuneformer.data.splits import assign_fold, assign_split
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +103,10 @@ def test_the_cells_can_be_split_by_technology_and_into_five_folds(cells):
     labels, technologies = cells.obs["celltype"].astype(str), cells.obs["tech"].astype(str)
     options = {"validation_share": 0.1, "seed": 0}
     for fold in range(5):
-        split = assign_fold_split(labels, folds=5, fold=fold, **options)
+        split = assign_fold(labels, folds=5, fold=fold, **options)
         assert pd.crosstab(labels, split).to_numpy().min() >= 1
     for fold in range(6):
-        split = assign_fold_split(labels, folds=6, fold=fold, groups=technologies, **options)
+        split = assign_fold(labels, folds=6, fold=fold, groups=technologies, **options)
         assert technologies[split == "test"].nunique() == 1
         assert (pd.crosstab(labels, split)[["train", "validation"]] > 0).all(axis=None)
     split = assign_split(labels, test_share=0.2, groups=technologies, **options)

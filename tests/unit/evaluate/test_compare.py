@@ -17,7 +17,7 @@ from statsmodels.stats.multitest import multipletests
 from tuneformer.artifacts import UserError, write_json
 from tuneformer.evaluate import compare, resampling
 from tuneformer.evaluate.compare import judge
-from tuneformer.evaluate.resampling import crossed, draw_units, resampled, score_tasks, weighted_scores
+from tuneformer.evaluate.resampling import crossed, draw_units, resampled_t, score_tasks, weighted_scores
 from tuneformer.evaluate.scores import score as score_run
 from tuneformer.study import Contrast, load_study
 
@@ -383,12 +383,12 @@ def in_folds(rng, arms, *, seeds=2, folds=5, cells=300):
 
 def test_without_test_cells_the_resampled_test_is_the_paired_t_test():
     a, b = np.random.default_rng(0).random((2, 10))
-    found = resampled(a - b, 90, 0)
+    found = resampled_t(a - b, 90, 0)
     assert found.value / found.error == pytest.approx(stats.ttest_rel(a, b).statistic)
     assert found.df == 9
-    assert np.isnan(resampled(a[:1], 90, 10).error)
+    assert np.isnan(resampled_t(a[:1], 90, 10).error)
     # 10 splits of 9 : 1 widen it by sqrt((1/10 + 1/9) / (1/10))
-    assert resampled(a - b, 90, 10).error / found.error == pytest.approx(np.sqrt(19 / 9))
+    assert resampled_t(a - b, 90, 10).error / found.error == pytest.approx(np.sqrt(19 / 9))
 
 
 def test_repeated_splits_of_the_same_cells_need_the_correction():
@@ -409,7 +409,7 @@ def test_repeated_splits_of_the_same_cells_need_the_correction():
             predicted = np.sign(feature[test] - middle[:, None]) * direction[:, None]
             accuracies.append((predicted == labels[test]).mean(axis=1))
         for n_test in found:
-            value, error, df = resampled(accuracies[0] - accuracies[1], 80, n_test)
+            value, error, df = resampled_t(accuracies[0] - accuracies[1], 80, n_test)
             found[n_test] += 2 * stats.t.sf(abs(value) / error, df) < 0.05
     assert BOUNDS[0] <= found[20] / DATA_SETS <= BOUNDS[1]
     assert found[0] / DATA_SETS > 4 * BOUNDS[1]
@@ -524,7 +524,7 @@ def test_the_answer_holds_arms_and_contrasts_of_every_task(tmp_path):
     rows = rows.astype(dict.fromkeys(["task", "arm", "cell", "label", "predicted"], "category"))
     pairs = contrasts_of(("random_init", "full"), ("logistic_counts", "full"), ("full", "lora"))
     runs = runs_of(rows, full=1, lora=2)
-    found = compare.answer(settings_of(tasks=["drugs", "doses", "empty"]), runs, rows, pairs)
+    found = compare.answer(settings_of(tasks=["drugs", "doses", "empty"]), runs, rows, declared=pairs)
     write_json(tmp_path / "answer.json", found)  # no NaN, and nothing of numpy
     assert found["n_contrasts"] == 9
     assert [task["task"] for task in found["tasks"]] == ["drugs", "doses", "empty"]
@@ -561,7 +561,7 @@ def test_the_answer_holds_arms_and_contrasts_of_every_task(tmp_path):
 def test_the_rule_says_what_was_random(kind, group_by, folds, said):
     rows = study_of(np.random.default_rng(18), {"fp32": 0.8, "bf16": 0.8}, folds=folds)
     found = compare.answer(
-        settings_of(kind=kind, group_by=group_by), runs_of(rows), rows, contrasts_of(("fp32", "bf16"))
+        settings_of(kind=kind, group_by=group_by), runs_of(rows), rows, declared=contrasts_of(("fp32", "bf16"))
     )
     assert said in found["rule"]
     assert found["tasks"][0]["folds"] == (4 if folds is not None else 0)
@@ -578,9 +578,11 @@ def test_declared_contrasts_are_those_of_the_study():
 
 def test_a_study_without_contrasts_has_an_answer():
     rows = study_of(np.random.default_rng(20), {"full": 0.9})
-    found = compare.answer(settings_of(), runs_of(rows), rows, [])
+    found = compare.answer(settings_of(), runs_of(rows), rows, declared=[])
     assert (found["n_contrasts"], found["tasks"][0]["contrasts"]) == (0, [])
-    nothing = compare.answer(settings_of(), runs_of(rows, full=1)[-1:], rows[:0], contrasts_of(("full", "lora")))
+    nothing = compare.answer(
+        settings_of(), runs_of(rows, full=1)[-1:], rows[:0], declared=contrasts_of(("full", "lora"))
+    )
     assert nothing["tasks"][0]["arms"][0]["mean"] is None
     assert nothing["tasks"][0]["contrasts"][0]["verdict"] == "not decided"
 
@@ -627,10 +629,22 @@ def test_a_contrast_is_said_in_plain_words(changes, said):
 def test_every_row_of_an_answer_can_be_said():
     rows = study_of(np.random.default_rng(21), {"full": 0.9, "lora": 0.5, "random_init": 0.6})
     pairs = contrasts_of(("lora", "full"), ("random_init", "lora"), ("full", "gone"))
-    found = compare.answer(settings_of(), runs_of(rows), rows, pairs)
+    found = compare.answer(settings_of(), runs_of(rows), rows, declared=pairs)
     said = [compare.sentence(one) for one in found["tasks"][0]["contrasts"]]
     assert said == [compare.sentence(row) for row in judge(rows, pairs, margin=MARGIN).to_dict("records")]
     assert said[0].startswith("full scores higher than lora: +0.")
+
+
+# --- variants of a compressed model
+
+
+def test_every_variant_of_a_compressed_model_is_compared_with_the_first():
+    rng = np.random.default_rng(24)
+    rows = study_of(rng, {"fp32": 0.8, "bf16": 0.8, "pruned": 0.4}, seeds=1)
+    runs = runs_of(rows).drop(columns="n_train")
+    found = compare.answer(settings_of(kind="compression"), runs, rows)
+    asked = [(one["reference"], one["arm"], one["verdict"]) for one in found["tasks"][0]["contrasts"]]
+    assert asked == [("fp32", "bf16", "not decided"), ("fp32", "pruned", "lower")]
 
 
 # --- where the variance comes from

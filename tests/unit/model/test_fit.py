@@ -1,6 +1,7 @@
 """What a run does with weights, cells and failures, on a random checkpoint of 2 layers and 72 made-up cells."""
 
 import functools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -162,17 +163,19 @@ def test_labels_of_test_cells_do_not_change_the_choice(run_settings, tokens, rel
     assert np.array_equal(straight.probabilities, swapped.probabilities)
 
 
-def test_accumulated_gradients_give_the_same_step(run_settings, tokens, watched, monkeypatch):
-    """Else transformers 5.23 multiplies loss and gradient by gradient_accumulation_steps."""
+def test_accumulated_gradients_give_the_same_step(run_settings, tokens, checkpoint, watched, monkeypatch):
+    """Of any model: for most of them transformers 5.23 multiplies loss and gradient by gradient_accumulation_steps."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.0}))
+    monkeypatch.setattr(classifier.CellClassifier, "accepts_loss_kwargs", True)
     monkeypatch.setattr(fit, "order_of", lambda settings, cells: torch.utils.data.SequentialSampler(cells))
     fixed = {"epochs": 1, "warmup_steps": 0, "precision": "fp32"}
     for accumulate in (1, 4):
         arguments = functools.partial(TrainingArguments, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
         monkeypatch.setattr(trainer, "TrainingArguments", arguments)
-        fit.fit_cells(run_settings(**fixed, batch_size=12 // accumulate, min_steps=0), tokens)
-    first = watched.norms[0], watched.norms[4]
-    assert len(watched.norms) == 4 + 16
-    assert first[1] == pytest.approx(first[0], rel=0.05)  # dropout is drawn anew
+        fit.fit_cells(run_settings(**fixed, batch_size=12 // accumulate), replace(tokens, step_cells=48 // accumulate))
+    assert len(watched.norms) == 4 + 4
+    assert watched.norms[4] == pytest.approx(watched.norms[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -388,4 +391,4 @@ def test_batches_have_cells_of_similar_length_and_each_cell_once(run_settings, t
     order = list(fit.order_of(run_settings(batch_size=4), cells))
     assert sorted(order) == list(range(48))
     spread = np.ptp(cells.lengths[order].reshape(-1, 4), axis=1).mean()
-    assert spread < np.ptp(cells.lengths.reshape(-1, 4), axis=1).mean() / 2
+    assert spread < 0.6 * np.ptp(cells.lengths.reshape(-1, 4), axis=1).mean()

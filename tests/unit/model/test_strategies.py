@@ -1,4 +1,4 @@
-"""Plans of the strategies: which group learns in which epoch, at which rate, from which weights, and what that costs."""
+"""Plans of the strategies: which group learns when, at which rate, from which weights, and what that costs."""
 
 import copy
 import subprocess
@@ -111,7 +111,7 @@ def test_an_unknown_strategy_is_refused(run_settings, tokens, planned):
 @pytest.mark.parametrize("plan", [Plan(groups={"norms": "LayerNormal"}), Plan(starts={"layer_7": 0.5})])
 def test_a_strategy_that_names_a_group_without_parameters_is_refused(plan, planned, monkeypatch):
     monkeypatch.setitem(STRATEGIES, "typo", lambda settings, body: plan)
-    with pytest.raises(UserError, match="strategy: typo names the group (norms|layer_7), but no parameter"):
+    with pytest.raises(UserError, match=r"strategy: typo names the group (norms|layer_7), but no parameter"):
         planned(strategy="typo")
 
 
@@ -222,7 +222,7 @@ def test_biases_and_normalisations_do_not_decay(planned):
 
 
 def test_a_new_strategy_is_one_function(planned, with_bitfit):
-    settings, model, plan = planned(strategy="bitfit")
+    _, model, plan = planned(strategy="bitfit")
     assert list(plan.starts) == [*BODY, "biases", *HEAD]
     learnt = set(strategies.learning_parameters(model, plan))
     assert learnt == {name for name, _ in model.named_parameters() if name.endswith(".bias")} | {

@@ -203,6 +203,11 @@ def finished(settings):
 
 
 @pytest.fixture
+def make_predictions():
+    return predictions_of
+
+
+@pytest.fixture
 def make_answer():
     return answer_of
 

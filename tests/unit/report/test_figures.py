@@ -123,13 +123,13 @@ def test_columns_that_are_numbers_give_lines_and_arms_without_one_are_horizontal
     assert lines[0].get_ydata().tolist() == pytest.approx([means["pseudobulk_k2"], means["pseudobulk_k10"]])
     words = set(texts(figure))
     assert {"arm full", "arm logistic_counts", "Macro-F1", "Cells behind a point (k)"} <= words
-    assert "Faint dots: runs. Lines: means, with the 95 % interval." in words
+    assert "Faint: runs. Lines and marks: means, with the 95 % interval." in words
 
 
 def test_a_column_that_is_not_judged_has_no_interval(results):
     settings = results.settings.model_copy(update={"figure": {"x": "k", "y": "accuracy"}})
     changed = type(results)(**{**vars(results), "settings": settings})
-    assert "Faint dots: runs. Lines: means." in texts(figures.by_columns(changed))
+    assert "Faint: runs. Lines and marks: means." in texts(figures.by_columns(changed))
 
 
 def test_columns_of_names_give_points(results):

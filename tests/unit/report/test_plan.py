@@ -21,7 +21,6 @@ def nothing_here(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(plan, "measure", lambda _: 0.01)
-    monkeypatch.setattr(plan.sources, "remote_files", lambda _: [])
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 4)
 
 

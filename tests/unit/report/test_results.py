@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -137,6 +138,18 @@ def test_the_study_says_how_its_runs_were_made(finished):
     assert stated["learning_rate"] == 5e-5
     assert set(module.PACKAGES) < set(stated["versions"])
     assert stated["git"] == {"commit": None, "dirty": None}  # the folder of this test is no checkout
+
+
+def test_a_study_that_is_one_notebook_has_written_its_results_itself(results, make_predictions):
+    with (paths.PARAMS / "small.yaml").open("a") as file:
+        file.write("kind: compression\n")
+    wide = make_predictions("drugs", 1.0, np.random.default_rng(0)).assign(task="drugs", arm="fp32", seed=0, fold=None)
+    module.write(results.settings, results.runs, [wide], [], results.answer)
+    found = collect("small")
+    assert found.answer == results.answer
+    assert found.predictions["probability"].between(0, 1).all()
+    assert not any(name.startswith("probability:") for name in found.predictions)
+    assert found.history.empty
 
 
 def test_readers_take_what_ran_here_and_else_what_the_repository_has(results, write):

@@ -65,8 +65,8 @@ def read(path, vocabulary, *, max_length=128, cells=range(240)):
 
 
 def study(path, **changes):
-    asked = {"path": str(path), "label": "disease", "vocabulary": "checkpoint", "train_cells": None}
-    return load_study("pbmc_facs", arm="full", **(asked | changes))
+    asked = {"dataset": "own", "path": str(path), "checkpoint": "demo", "folds": 0, "select_column": None}
+    return load_study("cardiomyopathy_strategies", **(asked | {"select_values": [], "group_by": None} | changes))
 
 
 def test_a_task_on_such_cells_keeps_their_tokens_and_splits_by_individual(folder, hearts):

@@ -1,0 +1,300 @@
+"""Quality control: from raw counts to the labelled, split cells of one task.
+
+In: cells with raw counts and a study's limits. Out: the kept cells with ``obs`` label, n_counts, mito_share and split,
+stored once per task without the split; or one sentence that says what to change.
+"""
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from tuneformer import paths
+from tuneformer.artifacts import UserError, key, made
+from tuneformer.data import readers, sources, splits
+from tuneformer.data.refusals import require_column, require_values
+from tuneformer.study import CellsKeys, Study
+
+RULES = ("label", "min_counts", "max_counts", "max_mito_share")
+COUNT_BASELINES = ("logistic_counts", "knn_pca")  # those that read counts and not tokens
+FEW_CELLS = 10  # of a class, on average: below, the label column names cells or measures them
+REMEDY = "set counts to raw or to the layer with raw counts"
+
+
+def prepare_cells(settings: Study) -> ad.AnnData:
+    """Return the quality-controlled, split cells of a study: from `paths.cells_dir` if they are there, else made.
+
+    Returns
+    -------
+    AnnData (cells, genes): raw counts in ``X`` (CSR, float32); ``var`` ensembl_id, symbol; ``obs`` label (ordered
+    categorical), n_counts, mito_share, split (of the fold of `settings`), and the columns of the source;
+    ``uns["provenance"]``: key, dataset, simulated, data (key of the source), split (its key), n_cells, n_genes, and
+    what was recognised in own data.
+
+    Raises
+    ------
+    UserError
+        As the steps it is made of; an arm reads counts, and the cells are tokens already.
+    """
+
+    def make(folder: Path) -> None:
+        cells = sources.load(settings)
+        check_cells(cells, settings)
+        cells = select_task_cells(keep_cells(cells, qc_flags(cells, settings)), settings)
+        split_cells(cells.copy(), settings)  # cells that cannot be split are not stored
+        cells.write_h5ad(folder / "cells.h5ad", compression="lzf")
+
+    if sources.is_tokenized(settings):
+        _refuse_count_readers(settings)
+    folder = made(paths.cells_dir(settings), cells_key(settings.at(fold=None)), make)
+    adata = split_cells(ad.read_h5ad(folder / "cells.h5ad"), settings)
+    source = adata.uns["dataset"]
+    adata.uns["provenance"] = {
+        "key": cells_key(settings),
+        "dataset": source["name"],
+        "simulated": bool(source["simulated"]),
+        "data": source["hash"],
+        "split": splits.split_key(adata.obs["split"]),
+        "n_cells": adata.n_obs,
+        "n_genes": adata.n_vars,
+        **adata.uns.get("recognised", {}),
+    }
+    return adata
+
+
+def cells_key(settings: Study) -> str:
+    """Return the key of everything that cells and split depend on: parameters, fold and the source of the cells."""
+    return key("cells.1", settings.keys(CellsKeys), settings.fold, sources.source_key(settings))
+
+
+def check_cells(adata: ad.AnnData, settings: Study) -> None:
+    """Refuse cells that the study cannot use.
+
+    Raises
+    ------
+    UserError
+        No cells or genes; a cell name or a gene identifier is not unique; the genes are not human; an obs column of the
+        task is missing, or that of the classes holds measurements or names of cells; ``X`` holds text, missing,
+        infinite, negative or, unless ``fractional_counts``, fractional values (normalised cells), or no count at all.
+    """
+    if not adata.n_obs or not (adata.n_vars or has_no_counts(adata)):
+        msg = f"The data set has {adata.n_obs} cells and {adata.n_vars} genes; choose a file that has both."
+        raise UserError(msg)
+    for what, names in {"cell name": adata.obs_names, "gene identifier": pd.Index(adata.var["ensembl_id"])}.items():
+        if names.has_duplicates:
+            first = names[names.duplicated()][0]
+            msg = f"The {what} {first!r} is given {(names == first).sum()} times; make every {what} unique."
+            raise UserError(msg)
+    found = readers.foreign_species(adata.var["ensembl_id"], adata.var["symbol"])
+    if found is not None:
+        msg = (
+            f"The genes are those of {found[0]} (such as {found[1]}), and Geneformer knows human genes only; replace "
+            "them by their one-to-one human orthologs (Ensembl BioMart lists them) and drop the others."
+        )
+        raise UserError(msg)
+    for name in ("label", "select_column", "dose_column", "group_by"):
+        require_column(adata.obs, name, getattr(settings, name))
+    labels = adata.obs[settings.label].dropna()
+    number = labels.nunique()
+    if not settings.classes and number > 2 and len(labels) < FEW_CELLS * number:
+        msg = (
+            f"label: obs column {settings.label!r} has {number:,} different values for {len(labels):,} cells, so it "
+            "measures or names cells and holds no classes; set label to a column with few classes, or name them in "
+            "classes."
+        )
+        raise UserError(msg)
+    if not has_no_counts(adata):
+        _refuse_no_counts(adata, settings)
+
+
+def has_no_counts(adata: ad.AnnData) -> bool:
+    """Return whether the cells were tokenized by others, so that labels and groups are all that is known of them."""
+    return adata.n_vars == 0 and "length" in adata.obs
+
+
+def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
+    """Measure every cell and say which rules it fails.
+
+    Source of the rules: the theses on sciplex2 (drug and dose known, 500 to 12,000 counts, at most 50 % mitochondrial).
+
+    Returns
+    -------
+    One row per cell: ``n_counts``, ``n_genes`` (with a count), ``mito_share`` (0 to 1; NaN where no gene symbol begins
+    with `mito_prefix`, or the cell has no count), and for every rule of `RULES`, named as its key in the params file,
+    whether the cell fails it. A cell without a value in the label, selection, dose or group column fails ``label``. Of
+    a tokenized cell n_counts is NaN, and ``n_genes`` is the number of its tokens.
+    """
+    if has_no_counts(adata):
+        flags = pd.DataFrame({"n_counts": np.nan, "n_genes": adata.obs["length"], "mito_share": np.nan})
+    else:
+        from scanpy.pp import calculate_qc_metrics  # takes seconds, and cells that are there do without it
+
+        mito = adata.var["symbol"].astype(str).str.upper().str.startswith(settings.mito_prefix.upper()).to_numpy()
+        bare = ad.AnnData(adata.X, obs=adata.obs[[]], var=pd.DataFrame({"mito": mito}, index=adata.var_names))
+        measured, _ = calculate_qc_metrics(bare, qc_vars=["mito"], percent_top=None, log1p=False)
+        flags = measured[["total_counts", "n_genes_by_counts"]].set_axis(["n_counts", "n_genes"], axis=1)
+        flags["mito_share"] = measured["pct_counts_mito"] / 100 if mito.any() else np.nan
+    needed = [settings.label, settings.select_column, settings.dose_column, settings.group_by]
+    flags["label"] = adata.obs[[column for column in needed if column]].isna().any(axis=1)
+    flags["min_counts"] = flags["n_counts"] < settings.min_counts
+    flags["max_counts"] = flags["n_counts"] > (np.inf if settings.max_counts is None else settings.max_counts)
+    flags["max_mito_share"] = flags["mito_share"] > settings.max_mito_share
+    return flags
+
+
+def qc_table(flags: pd.DataFrame, settings: Study) -> pd.DataFrame:
+    """Count the cells that each rule drops.
+
+    Returns
+    -------
+    Rows: one for each rule of `RULES`, then kept and all. Columns: the limit, the number of cells, and how many of them
+    no other rule would have dropped.
+    """
+    failed = flags[list(RULES)]
+    alone = failed[failed.sum(axis=1) == 1].sum()
+    limits = {"label": "known"} | {rule: getattr(settings, rule) for rule in RULES[1:]}
+    rows = {
+        f"fails {rule}": ("none" if limits[rule] is None else str(limits[rule]), failed[rule].sum(), alone[rule])
+        for rule in RULES
+    }
+    rows |= {"kept": ("", (~failed.any(axis=1)).sum(), ""), "all": ("", len(flags), "")}
+    columns = ["limit", "number", "by this rule alone"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("cells")
+
+
+def keep_cells(adata: ad.AnnData, flags: pd.DataFrame) -> ad.AnnData:
+    """Return the cells that fail no rule, with ``obs`` n_counts and mito_share, and ``X`` as float32.
+
+    Raises
+    ------
+    UserError
+        Every cell fails.
+    """
+    kept = ~flags[list(RULES)].any(axis=1).to_numpy()
+    if not kept.any():
+        most = flags[list(RULES)].sum().idxmax()
+        msg = (
+            f"Quality control drops all {len(flags)} cells, {flags[most].sum()} of them by {most} (median count of a "
+            f"cell: {flags['n_counts'].median():g}); change the limits in the params file."
+        )
+        raise UserError(msg)
+    adata = adata[kept].copy()
+    adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
+    adata.obs[["n_counts", "mito_share"]] = flags.loc[kept, ["n_counts", "mito_share"]].to_numpy(float)
+    return adata
+
+
+def select_task_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
+    """Select the cells of the task and give them their class.
+
+    Returns
+    -------
+    A copy of the cells with one of `select_values` in `select_column` and one of `classes` in the label column, with
+    ``obs["label"]``, a categorical whose categories are the classes in their order. Where `classes` is empty, all
+    classes with `min_class_cells` or more are kept; ``uns["recognised"]`` says which are left out.
+
+    Raises
+    ------
+    UserError
+        A selected value or class has no cell, or fewer than two classes are left.
+    """
+    when = " after quality control"
+    selected = np.ones(adata.n_obs, dtype=bool)
+    if settings.select_column is not None:
+        values = adata.obs[settings.select_column].astype(str)
+        require_values("select_values", settings.select_values, settings.select_column, values, when)
+        selected = values.isin(settings.select_values).to_numpy()
+    labels = adata.obs[settings.label].astype(str)
+    sizes = labels[selected].value_counts()
+    classes = settings.classes or sorted(sizes.index[sizes >= settings.min_class_cells])
+    require_values("classes", classes, settings.label, labels[selected], when)
+    if not classes:
+        msg = (
+            f"min_class_cells: no class of obs column {settings.label!r} has {settings.min_class_cells} cells (the "
+            f"largest has {sizes.max()}); set it to less."
+        )
+        raise UserError(msg)
+    if len(classes) < 2:
+        msg = f"obs column {settings.label!r} has one class, {classes[0]!r}; set label to a column with two or more."
+        raise UserError(msg)
+    kept = selected & labels.isin(classes).to_numpy()
+    adata = adata[kept].copy()
+    adata.obs["label"] = pd.Categorical(labels[kept], categories=classes, ordered=True)
+    small = [] if settings.classes else sorted(set(sizes.index) - set(classes))
+    if small:
+        shown = f"{len(small)} of less than {settings.min_class_cells} cells: {', '.join(small)}"
+        adata.uns["recognised"] = {**adata.uns.get("recognised", {}), "classes left out": shown}
+    return adata
+
+
+def split_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
+    """Give the cells of a task ``obs["split"]``, with folds that of the fold of `settings`; `adata` is changed."""
+    groups = None if settings.group_by is None else adata.obs[settings.group_by]
+    options = {"validation_share": settings.validation_share, "seed": settings.split_seed, "groups": groups}
+    if settings.fold is None:
+        adata.obs["split"] = splits.assign_split(adata.obs["label"], test_share=settings.test_share, **options)
+    else:
+        fold = {"folds": settings.folds, "fold": settings.fold}
+        adata.obs["split"] = splits.assign_fold(adata.obs["label"], **fold, **options)
+    return adata
+
+
+def class_table(adata: ad.AnnData) -> pd.DataFrame:
+    """Count cells by class, with their sum; and by dose (columns, % of the maximum) where obs has numeric doses."""
+    if not pd.api.types.is_numeric_dtype(adata.obs.get("dose", pd.Series(dtype=str))):
+        table = adata.obs["label"].value_counts(sort=False).to_frame("cells")
+    else:
+        table = pd.crosstab(adata.obs["label"], adata.obs["dose"])
+        table.columns = [f"{dose:g}" for dose in table.columns]
+        table["all"] = table.sum(axis=1)
+        table = table.rename_axis(columns="dose (%)")
+    return splits.with_sums(table)
+
+
+def _refuse_no_counts(adata: ad.AnnData, settings: Study) -> None:
+    """Refuse values that are no raw counts, naming the first one."""
+    values = sparse.csr_matrix(adata.X)
+    where = "the recovered counts" if settings.dataset == "pbmc68k" else settings.counts
+    if values.dtype.kind not in "iuf":
+        msg = f"{where} holds {values.dtype} values, not numbers; {REMEDY}."
+        raise UserError(msg)
+    data = values.data
+    faults = {"missing (NaN)": np.isnan(data), "infinite": np.isinf(data), "negative": data < 0}
+    if not settings.fractional_counts:
+        faults["fractional"] = data != np.floor(data)
+    for what, wrong in faults.items():
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            cell = adata.obs_names[np.searchsorted(values.indptr, first, side="right") - 1]
+            gene = adata.var["ensembl_id"].iloc[values.indices[first]]
+            msg = (
+                f"{where} holds {what} values ({wrong.sum()} of them; the first is {data[first]:g} for gene {gene} in "
+                f"cell {cell}), so these are not raw counts; {REMEDY}."
+            )
+            raise UserError(msg)
+    if not data.any():
+        msg = f"{where} holds no count at all; {REMEDY}."
+        raise UserError(msg)
+
+
+def _refuse_count_readers(settings: Study) -> None:
+    """Refuse arms that read counts, where the cells are tokens already."""
+    this = {name: getattr(settings, name) for name in ("strategy", "train_set", "steps_of", "vocabulary")}
+    for arm, own in {**settings.arms, settings.arm: this}.items():
+        asked = {"strategy": "", "train_set": "single_cell", "steps_of": "own", "vocabulary": ""} | own
+        faults = {
+            f"strategy {asked['strategy']} reads counts": asked["strategy"] in COUNT_BASELINES,
+            f"train_set {asked['train_set']} is made of counts": asked["train_set"] != "single_cell",
+            "steps_of pseudobulk makes groups of counts": asked["steps_of"] == "pseudobulk",
+            "vocabulary: fit takes medians from counts; set it to checkpoint": asked["vocabulary"] == "fit",
+        }
+        for what, is_wrong in faults.items():
+            if is_wrong:
+                fault, _, remedy = what.partition("; ")
+                msg = (
+                    f"arm {arm}: {fault}, and the cells of this study are tokens already, without counts; "
+                    f"{remedy or 'leave the arm out'}."
+                )
+                raise UserError(msg)
