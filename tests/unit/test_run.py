@@ -67,7 +67,11 @@ def test_the_executed_notebook_shows_its_parameters(repository):
         ),
         (["01_qc", "-p", "arm", "ful"], 2, "arm 'ful' is not one of full, "),
         (["01_qc", "-p", "epoch", "3"], 2, "unknown key 'epoch'; the nearest valid key is 'epochs'"),
-        (["01_qc", "-p", "arm", "random_init", "-p", "strategy", "full"], 2, "the arm random_init is of strategy"),
+        (
+            ["01_qc", "-p", "arm", "random_init", "-p", "strategy", "full"],
+            2,
+            "the strategy of the arm random_init is random_init; ask for",
+        ),
         (["01_qc", "-p", "epochs", "[1"], 2, "is no value that a params file could hold"),
         (["05_finetune_strategies"], 1, "raised ValueError: the loss is not a number (see runs/"),
     ],

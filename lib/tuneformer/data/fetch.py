@@ -124,13 +124,7 @@ def checkpoint_dir(name: str) -> Path:
 
 
 def checkpoint_key(name: str) -> str:
-    """Return the key of configuration and weights of a checkpoint; a published one need not be there.
-
-    Raises
-    ------
-    UserError
-        A file is missing.
-    """
+    """Return the key of configuration and weights of a checkpoint; only a published one need not be there."""
     needed = [checkpoint_path(name) / file for file in ("config.json", "model.safetensors")]
     checksums = [file.checksum for file in checkpoint_files(name) if file.target in needed]
     for path in needed:
@@ -153,8 +147,7 @@ def gene_names(checkpoint: str) -> Path | None:
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
     """Return the hash of a file, which is read again only when its size or time has changed."""
-    state = path.stat()
-    return _digest(path, algorithm, state.st_size, state.st_mtime_ns)
+    return _digest(path, algorithm, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 def fetch(file: RemoteFile, *, wait: Callable[[float], None] = time.sleep) -> Path:
@@ -188,13 +181,7 @@ def is_present(file: RemoteFile) -> bool:
 
 
 def content_key(file: RemoteFile) -> str:
-    """Return the checksum by which the content of a file is known: the pinned one, else that of its first download.
-
-    Raises
-    ------
-    UserError
-        The checksum is not pinned, and the file was not fetched yet.
-    """
+    """Return the checksum by which a file is known: the pinned one, else that of its first download."""
     if file.checksum is not None:
         return file.checksum
     entry = _read_lock().get(file.name)

@@ -32,22 +32,12 @@ SYMBOL_COLUMNS = ("symbol", "gene_symbols", "gene_symbol", "gene_name", "gene_na
 
 
 def read_own(path: Path, settings: Study) -> ad.AnnData:
-    """Read cells of a user's own: an h5ad, a 10x h5 or folder, or a tokenized data set.
+    """Read cells of a user's own: an h5ad, a 10x h5 or folder, or a tokenized data set, and add ``obs_table``.
 
     Genes that go by symbols get the Ensembl identifiers of the checkpoint's dictionary of gene names, if it has one;
-    counts of genes with the same identifier are summed. ``obs_table`` adds columns to ``obs``.
-
-    Returns
-    -------
-    As `read_h5ad`; ``uns["recognised"]`` says, as text, what the file is, where counts and gene identifiers were found,
-    and what was done to the genes.
-
-    Raises
-    ------
-    UserError
-        As `read_h5ad`; the file is none of these; or the table of cells cannot be used.
+    counts of genes with the same identifier are summed. Returns and raises as `read_h5ad`; ``uns["recognised"]`` says,
+    as text, what the file is, where counts and gene identifiers were found, and what was done to the genes.
     """
-    path = Path(path)
     if is_token_folder(path):
         return read_tokenized(path)
     adata = read_10x(path, settings) if path.is_dir() or _is_10x(path) else read_h5ad(path, settings)
@@ -78,12 +68,9 @@ def read_h5ad(path: Path, settings: Study) -> ad.AnnData:
     Raises
     ------
     UserError
-        No such file, layer or column; not an h5ad; no place with raw counts; an Ensembl identifier given twice.
+        No such layer or column; not an h5ad; no place with raw counts; an Ensembl identifier given twice.
     """
-    path, counts = Path(path), settings.counts
-    if not path.is_file():
-        msg = f"{path} does not exist; set path in the params file to an h5ad file with raw counts."
-        raise UserError(msg)
+    counts = settings.counts
     with explained(path, "an h5ad file", "write it again with anndata's write_h5ad"), h5py.File(path) as file:
         places = {"X": "X", "raw": "raw/X"} | {layer: f"layers/{layer}" for layer in file.get("layers", ())}
         places = {name: place for name, place in places.items() if place in file}
@@ -113,7 +100,6 @@ def read_10x(path: Path, settings: Study) -> ad.AnnData:
     UserError
         A file is missing or damaged, the numbers of rows do not fit, or there is no gene expression in it.
     """
-    path = Path(path)
     if settings.counts not in ("auto", "X"):
         msg = f"{path} has no counts in {settings.counts!r}, but one matrix; set counts to X or auto."
         raise UserError(msg)

@@ -33,6 +33,7 @@ HASH_LIMITS = {  # key of the study: names of the obs column, and whether a valu
     "max_hash_qval": (("qval", "qval_demultiplexing"), np.less),
 }
 TRIPLETS = 5_000_000  # lines of the count matrix of GEO that are read at once
+AGAIN = "delete it and start again, to have it downloaded anew"
 
 
 def read_harmonised(path: Path, settings: Study) -> ad.AnnData:
@@ -83,7 +84,8 @@ def read_geo(folder: Path, settings: Study) -> ad.AnnData:
         table = table.set_index(_column(table, "Cell", hashes_file).astype(str))
         matrix = _read_triplets(matrix_file, n_cells=len(cells), n_genes=len(genes))
     if not cells.isin(table.index).any() or table.index.has_duplicates or cells.duplicated().any():
-        msg = f"{folder}: the cells of {cells_file.name} and {hashes_file.name} do not pair off; delete both and start again."
+        pair = f"{cells_file.name} and {hashes_file.name}"
+        msg = f"{folder}: the cells of {pair} do not pair off; delete both and start again."
         raise UserError(msg)
     obs = table.reindex(cells).rename_axis(None)
     _column(obs, "top_oligo", hashes_file)
@@ -173,9 +175,6 @@ def read_sciplex3(path: Path, settings: Study) -> ad.AnnData:
         obs[name] = obs[name].cat.remove_unused_categories()
     recognised = {"file": "sci-Plex 3, harmonised (scPerturb)", "cells read": f"{len(obs):,}"}
     return _assembled(sparse.csr_matrix(matrix), obs, var[is_human], recognised)
-
-
-AGAIN = "delete it and start again, to have it downloaded anew"
 
 
 def _design_3(obs: pd.DataFrame, path: Path) -> pd.DataFrame:

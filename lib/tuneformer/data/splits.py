@@ -63,13 +63,7 @@ def assign_split(
 
 
 def assign_fold(
-    labels: pd.Series,
-    *,
-    folds: int,
-    fold: int,
-    validation_share: float,
-    seed: int,
-    groups: pd.Series | None = None,
+    labels: pd.Series, *, folds: int, fold: int, validation_share: float, seed: int, groups: pd.Series | None = None
 ) -> pd.Series:
     """Split cells into train, validation and test for one fold of a k-fold cross-validation.
 

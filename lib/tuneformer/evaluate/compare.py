@@ -100,7 +100,7 @@ def arm_scores(
     n_train: Mapping[tuple[str, str], float] | None = None,
     fixed_model: bool = False,
 ) -> pd.DataFrame:
-    """Return the mean score of each arm with its 95 % `interval`, for other seeds and test cells; over folds, corrected.
+    """Return the mean score of each arm with its 95 % `interval`, for other seeds and test cells (folds: corrected).
 
     With one seed and one test set there is no interval. Parameters as `judge`.
 

@@ -75,8 +75,7 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
         used.
     """
     rows, classes = rows_of_splits(settings, tokens), list(tokens.classes)
-    table = tokens.dataset.remove_columns("input_ids").to_pandas()
-    labels = pd.Categorical(table["label"], classes).codes
+    labels = pd.Categorical(tokens.dataset.select_columns(["label"]).to_pandas()["label"], classes).codes
     outcome = Outcome(classes=classes, **{f"n_{split}": len(at) for split, at in rows.items()})
     if settings.sampling == "upsampled":  # here, after every split: a copy of a training cell is a training cell
         rows["train"] = upsampled(rows["train"], labels[rows["train"]], np.random.default_rng([settings.seed, 6]))
@@ -119,7 +118,8 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
             who=describe(settings),
         )
         strategies.merge_adapters(model)  # the test cells are predicted by the model as it is kept
-        outcome.predictions = predictions_table(table.iloc[rows["test"]], classes, predicted("test"))
+        tested = tokens.dataset.select(rows["test"]).remove_columns("input_ids").to_pandas()
+        outcome.predictions = predictions_table(tested, classes, predicted("test"))
         outcome.model = model.cpu()
     return outcome
 

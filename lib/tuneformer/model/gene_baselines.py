@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import roc_auc_score, roc_curve
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.sparsefuncs import mean_variance_axis
@@ -99,15 +99,16 @@ def cross_validate(features: np.ndarray, genes: pd.DataFrame, *, with_threshold:
     """
     target, folds = genes["target"].to_numpy(), genes["fold"].to_numpy()
     found = pd.DataFrame(index=genes.index, columns=["score", "threshold"], dtype=float)
-    model = make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky"))
+    options = {"scoring": "roc_auc", "solver": "newton-cholesky", "l1_ratios": (0,), "use_legacy_attributes": False}
     for fold in np.unique(folds):
         tested = folds == fold
         learnt = features[~tested], target[~tested]
         inner = StratifiedKFold(min(INNER_FOLDS, np.bincount(learnt[1]).min()), shuffle=True, random_state=int(fold))
-        search = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, scoring="roc_auc", cv=inner).fit(*learnt)
-        found.loc[tested, "score"] = search.decision_function(features[tested])
+        model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=STRENGTHS, cv=inner, **options)).fit(*learnt)
+        found.loc[tested, "score"] = model.decision_function(features[tested])
         if with_threshold:
-            held_out = cross_val_predict(search.best_estimator_, *learnt, cv=inner, method="decision_function")
+            best = make_pipeline(StandardScaler(), LogisticRegression(C=model[-1].C_, solver="newton-cholesky"))
+            held_out = cross_val_predict(best, *learnt, cv=inner, method="decision_function")
             found.loc[tested, "threshold"] = best_threshold(held_out, learnt[1])
     return found
 

@@ -5,6 +5,7 @@ In: tables (history, predictions, `results.Results`). Out: matplotlib figures, a
 """
 
 import itertools
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tuneformer import paths
-from tuneformer.arms import READ_BY
 from tuneformer.artifacts import atomic_path, write_text
 from tuneformer.evaluate import scores
-from tuneformer.keys import TrainingKeys
-from tuneformer.report.tables import COSTS, score_name
+from tuneformer.report.tables import COSTS, lines_of, score_name
 from tuneformer.study import Study
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 CONTROL = "#777777"
 KINDS = {"fine-tuned": PALETTE[0], "control": CONTROL, "baseline": PALETTE[1]}
 LEGEND_MOST = 12  # names that a legend can hold
+MOST_BARS = 6  # lines whose intervals can be told apart
 TICKS = {"size": 13, "linewidth": 1.3, "alpha": 0.5, "jitter": False}  # one short line per run
 FEW_CELLS = 10  # a class with fewer test cells than this decides nothing
 WIDE = 20  # ratio of values above which an axis is logarithmic
@@ -91,7 +91,7 @@ def arm_scores(results: "Results", *, tasks: list[str] | None = None, reference:
     answer = results.answer
     asked = [task for task in answer["tasks"] if tasks is None or task["task"] in tasks]
     order = [arm["arm"] for arm in asked[0]["arms"]]
-    figure, axes = _panels(len(asked), 0.8 + 0.3 * len(order), names=order)
+    figure, axes = _panels(len(asked), 0.8 + 0.3 * len(order), names=order, legend=list(KINDS))
     for ax, task in zip(axes, asked, strict=True):
         arms = pd.DataFrame(task["arms"])
         kind = np.select([arms["is_baseline"], arms["is_control"]], ["baseline", "control"], "fine-tuned")
@@ -128,7 +128,7 @@ def contrast_differences(results: "Results") -> Figure:
     rows["label"] = rows["contrast"] + ": " + rows["arm"] + " - " + rows["reference"]
     rows["mean"] = rows["difference"].astype(float)
     order, names = list(rows["label"].unique()), list(rows["task"].unique())
-    figure, axes = _panels(len(names), 0.8 + 0.34 * len(order), names=order)
+    figure, axes = _panels(len(names), 0.8 + 0.34 * len(order), names=order, legend=list(looks))
     for ax, task in zip(axes, names, strict=True):
         ax.axvspan(-answer["margin"], answer["margin"], color="#f0f0f0", zorder=0)
         ax.axvline(0, color="black", linewidth=1)
@@ -158,16 +158,15 @@ def by_columns(results: "Results") -> Figure:
     wanted = results.settings.figure
     x, y = wanted["x"], wanted.get("y", results.answer["score"])
     runs, is_judged = results.runs[results.runs[y].notna()], y == results.answer["score"]
-    lines = _lines_of(runs, x, wanted.get("hue"))
+    lines = lines_of(runs, x, wanted.get("hue"))
     runs = runs.drop(columns=x).join(lines, on="arm")
     levels = list(lines.loc[lines[x].notna(), "line"].unique())
-    look = {
-        "x": x,
-        "hue": "line",
-        "hue_order": levels,
-        "palette": [PALETTE[k % len(PALETTE)] for k in range(len(levels))],
-    }
-    figure, axes = _panels(len(results.answer["tasks"]), 3.6, width=5.0)
+    colors = [PALETTE[place % len(PALETTE)] for place in range(len(levels))]
+    look = {"x": x, "hue": "line", "hue_order": levels, "palette": colors}
+    shows_bars = is_judged and len(levels) <= MOST_BARS
+    bar = BARS if shows_bars else {**BARS, "errorbar": None}
+    legend = [*levels, *("arm " + lines.index[lines[x].isna()])]
+    figure, axes = _panels(len(results.answer["tasks"]), max(3.6, 0.25 * len(legend)), legend=legend)
     for ax, task in zip(axes, results.answer["tasks"], strict=True):
         of_task = runs[runs["task"] == task["task"]]
         bars = pd.DataFrame(task["arms"]).set_index("arm")[["low", "mean", "high"]]
@@ -177,13 +176,15 @@ def by_columns(results: "Results") -> Figure:
         points = _low_mean_high(bars[bars[x].notna()])
         if pd.api.types.is_numeric_dtype(lines[x]):
             sns.scatterplot(of_task, y=y, s=18, alpha=0.35, linewidth=0, legend=False, ax=ax, **look)
-            style = {"style": "line", "style_order": levels, "markers": True, "dashes": False, "err_style": "bars"}
-            sns.lineplot(points, y="value", err_kws={"capsize": 3}, ax=ax, **style, **look, **BARS)
+            dashes = {level: (4, 1.5) if place >= len(PALETTE) else "" for place, level in enumerate(levels)}
+            style = {"style": "line", "style_order": levels, "markers": True, "dashes": dashes, "err_style": "bars"}
+            sns.lineplot(points, y="value", ax=ax, **style, **look, **bar)
             _number_axis(ax, points[x], at_values=True)
         else:
             sns.stripplot(of_task, y=y, dodge=True, marker="_", legend=False, ax=ax, **TICKS, **look)
             dodge = 0.8 - 0.8 / len(levels)
-            sns.pointplot(points, y="value", linestyle="none", markers="D", dodge=dodge, ax=ax, **look, **BARS)
+            sns.pointplot(points, y="value", linestyle="none", markers="D", dodge=dodge, ax=ax, **look, **bar)
+            ax.set_xticks(ax.get_xticks(), [text.get_text().replace("_", "\n") for text in ax.get_xticklabels()])
         styles = itertools.cycle(("--", ":", "-.", (0, (6, 2))))
         for name, mean in bars.loc[bars[x].isna(), "mean"].items():
             ax.axhline(mean, color=CONTROL, linestyle=next(styles), linewidth=1.3, label=f"arm {name}")
@@ -193,7 +194,7 @@ def by_columns(results: "Results") -> Figure:
             ax.get_legend().remove()
     figure.legend(*handles, loc="outside right center", title=score_name(wanted["hue"]) if "hue" in wanted else None)
     _head(figure, f"{score_name(y)} by {score_name(x).lower()}", results)
-    _foot(figure, "Faint: runs. Lines and marks: means" + (", with the 95 % interval." if is_judged else "."))
+    _foot(figure, "Faint: runs. Lines and marks: means" + (", with the 95 % interval." if shows_bars else "."))
     return figure
 
 
@@ -318,56 +319,32 @@ def confidence_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
 
 
 def roc_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
-    """Draw the ROC curve of each class against the rest, all runs together; classes without test cells are left out.
-
-    Parameters
-    ----------
-    predictions
-        Columns label and ``probability:<class>``.
-    """
+    """Draw the ROC curve of each class that has test cells against the rest, from the probabilities of all runs."""
     from sklearn.metrics import RocCurveDisplay
 
     figure, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    classes = predictions.filter(regex="^probability:").columns
-    for place, column in enumerate(classes):
-        name = column.removeprefix("probability:")
+    ax.plot([0, 1], [0, 1], color=CONTROL, linestyle=":", label="chance")
+    names = predictions.filter(regex="^probability:").columns.str.removeprefix("probability:")
+    for name in names[names.isin(predictions["label"].astype(str).unique())]:
         truth = predictions["label"].astype(str) == name
-        if truth.any() and not truth.all():
-            look = {"color": PALETTE[place % len(PALETTE)], "linestyle": ("-", "--")[place // len(PALETTE) % 2]}
-            RocCurveDisplay.from_predictions(truth, predictions[column], name=name, curve_kwargs=look, ax=ax)
-    ax.plot([0, 1], [0, 1], color=CONTROL, linestyle=":")
+        RocCurveDisplay.from_predictions(truth, predictions[f"probability:{name}"], name=name, ax=ax)
     ax.set(xlabel="False positive rate", ylabel="True positive rate", title=title)
-    if ax.get_legend():
-        ax.get_legend().remove()
-        figure.legend(loc="outside right center")
+    ax.legend().remove()
+    figure.legend(loc="outside right center")
     return figure
 
 
 # --- shared ---
 
 
-def _panels(number: int, height: float, *, names: list[str] = (), width: float = 3.3) -> tuple[Figure, list[Axes]]:
-    """Return a figure with `number` panels side by side that share y, and room for `names` on their left."""
-    left = 0.4 + 0.085 * max(map(len, names), default=4)
-    size = (left + width * number, height + 1.1)
+def _panels(
+    number: int, height: float, *, names: Sequence[str] = (), legend: Sequence[str]
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels side by side, with room for names on their left and a legend on their right."""
+    left, right = (0.085 * max(map(len, texts), default=0) for texts in (names, legend))
+    size = (1.2 + left + right + (4.2 if number == 1 else 2.7 if names else 3.6) * number, height + 1.1)
     figure, axes = plt.subplots(1, number, figsize=size, sharey=bool(names), squeeze=False, layout="constrained")
     return figure, list(axes[0])
-
-
-def _lines_of(runs: pd.DataFrame, x: str, hue: str | None) -> pd.DataFrame:
-    """Return the x of each arm (missing where the arm does not read that key) and the name of its line."""
-    keys = [name for name in TrainingKeys.model_fields if name in runs and name not in (x, hue)]
-    arms = runs.groupby("arm", sort=False)[list(dict.fromkeys(filter(None, [*keys, x, hue])))].first()
-    for name in filter(None, (x, hue)):
-        reader, values = READ_BY.get(name, ("", set()))
-        arms[name] = arms[name].where(arms[reader].isin(values)) if reader else arms[name]
-    texts = arms[keys].astype(str)
-    usual = texts[arms[x].notna()].mode().iloc[0]
-    for arm in arms.index:
-        own = [str(arms.loc[arm, hue])] if hue and pd.notna(arms.loc[arm, hue]) else []
-        own += [f"{name}: {text}" for name, text in texts.loc[arm].items() if text != usual[name]]
-        arms.loc[arm, "line"] = ", ".join(own) or "mean"
-    return arms[[x, "line"]]
 
 
 def _low_mean_high(table: pd.DataFrame) -> pd.DataFrame:
@@ -417,4 +394,4 @@ def _head(figure: Figure, title: str, results: "Results", *, handles: Sequence[L
 
 
 def _foot(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=10)
+    figure.supxlabel(textwrap.fill(text, int(13 * figure.get_figwidth())), x=0.01, ha="left", fontsize=10)

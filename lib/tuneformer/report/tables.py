@@ -9,6 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from tuneformer.arms import READ_BY
+from tuneformer.keys import TrainingKeys
+
 MISSING = "-"
 LEAST_P = 0.001  # smaller p values are not written out
 NAMES = {
@@ -24,7 +27,8 @@ COSTS = {"wall_seconds": "Training time (s)", "trainable_parameters": "Parameter
 
 def score_name(score: str) -> str:
     """Return a score or another column of ``runs.csv`` as figures and tables name it."""
-    return NAMES.get(score) or COSTS.get(score) or score.replace(":", " of ").replace("_", " ").capitalize()
+    words = score.replace("macro_f1", "macro-F1").replace(":", " of ").replace("_", " ")
+    return NAMES.get(score) or COSTS.get(score) or words[:1].upper() + words[1:]
 
 
 def with_interval(value: float, low: float, high: float, *, sign: str = "") -> str:
@@ -104,6 +108,22 @@ def folds(runs: pd.DataFrame, predictions: pd.DataFrame, score: str) -> pd.DataF
     shown["Folds"] = spread["count"]
     shown["Accuracy, all cells pooled"] = pooled.reindex(spread.index).map("{:.3f}".format)
     return shown
+
+
+def lines_of(runs: pd.DataFrame, x: str, hue: str | None) -> pd.DataFrame:
+    """Return the x of each arm (missing where the arm does not read that key) and the name of its line."""
+    keys = [name for name in TrainingKeys.model_fields if name in runs and name not in (x, hue)]
+    arms = runs.groupby("arm", sort=False)[list(dict.fromkeys(filter(None, [*keys, x, hue])))].first()
+    for name in filter(None, (x, hue)):
+        reader, values = READ_BY.get(name, ("", set()))
+        arms[name] = arms[name].where(arms[reader].isin(values)) if reader else arms[name]
+    texts = arms[keys].map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
+    usual = texts[arms[x].notna()].mode().iloc[0]
+    for arm in arms.index:
+        own = [str(arms.loc[arm, hue])] if hue and pd.notna(arms.loc[arm, hue]) else []
+        own += [f"{name}: {text}" for name, text in texts.loc[arm].items() if text != usual[name]]
+        arms.loc[arm, "line"] = ", ".join(own) or "mean"
+    return arms[[x, "line"]]
 
 
 def markdown(table: pd.DataFrame) -> str:

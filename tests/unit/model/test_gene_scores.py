@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
+from tuneformer.model import gene_baselines
 from tuneformer.model.gene_baselines import best_threshold, chance_aucs, cross_validate, pair_auc
 
 
@@ -63,11 +64,13 @@ def test_chance_is_the_area_of_permuted_classes_widened_for_the_folds_it_shares(
     assert found.std() == pytest.approx(np.std(drawn) * np.sqrt(1 + 3 / 2), rel=0.08)  # 800 draws: 2.5 % each
 
 
-@pytest.mark.parametrize(("n_genes", "n_features", "folds"), [(120, 6, 5), (120, 60, 5), (90, 10, 3)])
-def test_chance_is_no_narrower_than_models_that_are_learnt_anew(n_genes, n_features, folds):
-    """With nothing to find, fewer than 6 % of the models reach the upper 5 % of what is called chance."""
+@pytest.mark.parametrize(("n_genes", "n_features", "folds"), [(120, 6, 5), (90, 30, 3)])
+def test_chance_is_no_narrower_than_models_that_are_learnt_anew(n_genes, n_features, folds, monkeypatch):
+    """With nothing to find, models that are learnt anew spread no more than what is called chance."""
+    monkeypatch.setattr(gene_baselines, "STRENGTHS", [1e-2])
+    monkeypatch.setattr(gene_baselines, "INNER_FOLDS", 2)
     rng, reached = np.random.default_rng(0), []
-    for _ in range(60):
+    for _ in range(50):
         target = rng.permutation(np.repeat([1, 0], [n_genes // 4, n_genes - n_genes // 4]))
         split = StratifiedKFold(folds, shuffle=True, random_state=0).split(target, target)
         fold = np.empty(n_genes, dtype=int)
@@ -77,7 +80,7 @@ def test_chance_is_no_narrower_than_models_that_are_learnt_anew(n_genes, n_featu
         scores = cross_validate(rng.normal(size=(n_genes, n_features)), table)["score"].to_numpy()
         found = chance_aucs(as_predictions(scores, target, fold), "rare")
         reached.append((pair_auc(scores, target, fold) - 0.5) / found.std())
-    assert np.std(reached) < 1.15  # 60 models: one standard error above 1 is 0.09
+    assert np.std(reached) < 1.15  # 50 models: the standard error of the spread is 0.1
     assert np.mean(np.array(reached) > 1.645) <= 0.1
 
 

@@ -155,7 +155,7 @@ def test_too_few_genes_or_cells_are_refused(gene_settings, classes, lists, chang
 def test_two_names_of_one_gene_are_found_in_the_vocabulary(gene_settings, tokens, classes, monkeypatch):
     alias = replace(tokens.vocabulary, aliases={"OLD": NAMES[2]})
     monkeypatch.setattr(encode, "single_cell_tokens", lambda _: replace(tokens, vocabulary=alias))
-    with pytest.raises(UserError, match=r"in the vocabulary's names: 1 genes .*both classes .*keep one line"):
+    with pytest.raises(UserError, match=r"in the vocabulary's names: genes that are in both classes: 1 .*keep one line"):
         gene_task.prepare_genes(gene_settings(gene_classes=classes(unknown=("OLD",))))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tuneformer import paths
 from tuneformer.evaluate.scores import confusion, recall_by_class
-from tuneformer.report import figures
+from tuneformer.report import figures, tables
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +126,28 @@ def test_columns_that_are_numbers_give_lines_and_arms_without_one_are_horizontal
     assert "Faint: runs. Lines and marks: means, with the 95 % interval." in words
 
 
+def test_arms_that_differ_in_more_than_the_columns_have_lines_of_their_own(results):
+    """Or a line would go through arms that cannot be compared."""
+    runs = results.runs.assign(aggregation="sum", depth="own", steps_of="own")
+    runs["aggregation"] = runs["aggregation"].mask(runs["arm"] == "pseudobulk_k2", "mean")
+    steps = runs[runs["arm"] == "pseudobulk_k10"].assign(arm="steps", train_set="single_cell", steps_of="pseudobulk")
+    thinned = runs[runs["arm"] == "pseudobulk_k10"].assign(arm="thinned", depth="single_cell")
+    found = tables.lines_of(pd.concat([runs, steps, thinned]), "k", "aggregation")
+    lines = dict(zip(found.index, found["line"], strict=True))
+    assert lines["pseudobulk_k2"] == "mean"
+    assert lines["pseudobulk_k10"] == "sum"
+    assert lines["thinned"] == "sum, depth: single_cell"
+    assert lines["steps"] == "train_set: single_cell, steps_of: pseudobulk"  # which aggregates nothing
+    assert found["k"].dropna().to_dict() == {"pseudobulk_k2": 2, "pseudobulk_k10": 10, "steps": 10, "thinned": 10}
+
+
+def test_an_arm_that_does_not_read_the_column_is_horizontal(results):
+    runs = results.runs.assign(generator="gaussian")
+    runs["train_set"] = runs["train_set"].replace("pseudobulk", "synthetic")
+    found = tables.lines_of(runs, "generator", None)["generator"]
+    assert found.dropna().index.tolist() == ["pseudobulk_k2", "pseudobulk_k10"]
+
+
 def test_a_column_that_is_not_judged_has_no_interval(results):
     settings = results.settings.model_copy(update={"figure": {"x": "k", "y": "accuracy"}})
     changed = type(results)(**{**vars(results), "settings": settings})
@@ -136,8 +158,8 @@ def test_columns_of_names_give_points(results):
     settings = results.settings.model_copy(update={"figure": {"x": "strategy", "hue": "train_set"}})
     figure = figures.by_columns(type(results)(**{**vars(results), "settings": settings}))
     names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert names == ["full", "linear_probe", "random_init", "logistic_counts"]
-    assert {"single_cell", "pseudobulk"} <= set(texts(figure))
+    assert names == ["full", "linear\nprobe", "random\ninit", "logistic\ncounts"]
+    assert {"single_cell", "pseudobulk, k: 2", "pseudobulk, k: 10"} <= set(texts(figure))
 
 
 def test_recalls_are_those_of_the_predictions_with_the_size_of_each_class(results):
@@ -219,7 +241,7 @@ DRAW = """
 import sys, pickle
 from pathlib import Path
 from tuneformer import paths
-from tuneformer.report import figures
+from tuneformer.report import figures, tables
 paths.RUNS = Path(sys.argv[1])
 figures.set_style()
 results = pickle.loads(Path(sys.argv[2]).read_bytes())
