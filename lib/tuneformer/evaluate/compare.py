@@ -157,7 +157,7 @@ def answer(
     scored = dict.fromkeys(settings.tasks, NOTHING) | score_tasks(predictions, settings.score)
     options: dict[str, Any] = {"score": settings.score, "fixed_model": is_compression}
     if any(found.folds for found in scored.values()):
-        options["n_train"] = runs[is_ok].groupby(["task", "arm"])["n_train"].mean().to_dict()
+        options["n_train"] = runs[is_ok].groupby(["task", "arm"], observed=True)["n_train"].mean().to_dict()
     judged = judge(scored, declared, margin=settings.margin, **options)
     means = arm_scores(scored, **options)
     runs = runs.assign(n_runs=is_ok, n_failed=~is_ok, is_control=runs["strategy"] == CONTROL)
@@ -167,7 +167,12 @@ def answer(
     for task, found in scored.items():
         of_task = runs[runs["task"] == task]
         arms = means[means["task"] == task].drop(columns="task").set_index("arm")
-        arms = of_task.groupby("arm", sort=False).agg(counted).join(arms).sort_values("mean", ascending=False)
+        arms = (
+            of_task.groupby("arm", sort=False, observed=True)
+            .agg(counted)
+            .join(arms)
+            .sort_values("mean", ascending=False)
+        )
         arms = arms.reset_index()[["arm", "mean", "low", "high", *counted]]
         contrasts_of_task = judged[judged["task"] == task].drop(columns="task")
         head = {"task": task, "folds": found.folds, "seeds": sorted(map(int, of_task["seed"].unique()))}

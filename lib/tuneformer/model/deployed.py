@@ -31,10 +31,10 @@ def load(folder: Path, *, threads: int) -> Predictor:
         return lambda ids, mask: session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
     import torch
 
-    from tuneformer.model import compress
+    from tuneformer.model import variants
 
     torch.set_num_threads(threads)
-    model = compress.read_model(folder)
+    model = variants.read_model(folder)
 
     def predict(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (given.folder / "model.onnx").is_file():
         import onnxruntime  # noqa: F401
     else:
-        from tuneformer.model import compress  # noqa: F401
+        from tuneformer.model import variants  # noqa: F401
     stored = np.load(given.cells)
     ids, lengths, timed = stored["ids"], stored["lengths"], stored["timed"]
     work = batches(ids[timed], lengths[timed], given.batch)

@@ -55,15 +55,14 @@ class GeneRuns:
     gene, in context and other cells), ``token_auc`` (one vote per token, as published), ``accuracy`` and
     ``balanced_accuracy`` at the threshold. ``predictions``: rows of ``predictions.parquet``; a gene is a ``cell`` of
     it, with ``score`` and ``score_other``, the logit of the positive class. ``history``: one row per epoch. ``curves``:
-    true-positive rates at `CURVE` by arm, one row per fold and seed. ``null``: AUC of each arm (columns) by chance, as
-    `gene_baselines.chance_aucs` draws it; ``relearnt``: that of the baselines, learnt anew from permuted classes.
+    true-positive rates at `CURVE` by arm, one row per fold and seed. ``relearnt``: AUC of the baselines
+    (columns), learnt anew from permuted classes, one row per permutation.
     """
 
     runs: pd.DataFrame
     predictions: pd.DataFrame
     history: pd.DataFrame
     curves: dict[str, np.ndarray]
-    null: pd.DataFrame
     relearnt: pd.DataFrame
 
 
@@ -112,10 +111,8 @@ def run_study(settings: Study, task: GeneTask) -> GeneRuns:
             curves.setdefault(fold.row["arm"], []).append(fold.curve)
     runs = pd.DataFrame([fold.row for fold in folds])
     predictions, history = (pd.concat([fold[place] for fold in folds], ignore_index=True) for place in (1, 2))
-    by_arm = predictions[~predictions["arm"].str.endswith(PERMUTED)].groupby("arm", sort=False)
-    null = {arm: gene_baselines.chance_aucs(rows, task.classes[1]) for arm, rows in by_arm}
     curves = {arm: np.array(found) for arm, found in curves.items()}
-    return GeneRuns(runs, predictions, history, curves, pd.DataFrame(null), pd.DataFrame(relearnt))
+    return GeneRuns(runs, predictions, history, curves, pd.DataFrame(relearnt))
 
 
 def run_fold(settings: Study, task: GeneTask, fold: int) -> Fold:

@@ -168,7 +168,7 @@ def learning_parameters(model: "nn.Module", plan: Plan) -> dict[str, "nn.Paramet
 def set_learning(model: "nn.Module", plan: Plan, groups: Set[str]) -> None:
     """Let exactly the parameters of `groups` learn; the others get no gradient, so the optimizer leaves them alone."""
     for name, weight in model.named_parameters():
-        weight.requires_grad_(True)
+        weight.requires_grad_(plan.group_of(name) in groups)
 
 
 def optimizer_groups(settings: "Study", model: "nn.Module", plan: Plan) -> list[dict[str, Any]]:

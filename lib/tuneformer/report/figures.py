@@ -328,7 +328,7 @@ def roc_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
     for name in names[names.isin(predictions["label"].astype(str).unique())]:
         truth = predictions["label"].astype(str) == name
         RocCurveDisplay.from_predictions(truth, predictions[f"probability:{name}"], name=name, ax=ax)
-    ax.set(xlabel="False positive rate", ylabel="True positive rate", title=title)
+    ax.set(xlabel="False positive rate", ylabel="True positive rate", title=title, aspect="auto")
     ax.legend().remove()
     figure.legend(loc="outside right center")
     return figure

@@ -32,23 +32,20 @@ def contrasts_of(*pairs):
 
 def table_of(predicted, labels, *, task="drugs", folds=None, group=None):
     """Rows of predictions.parquet of {(arm, seed): numbers of classes}."""
-    n = len(labels)
-    parts = [
-        pd.DataFrame(
-            {
-                "task": task,
-                "arm": arm,
-                "seed": seed,
-                "fold": np.nan if folds is None else np.asarray(folds, float),
-                "cell": [f"cell{number}" for number in range(n)],
-                "label": np.asarray(labels).astype(str),
-                "predicted": np.asarray(guessed).astype(str),
-            }
-        )
-        for (arm, seed), guessed in predicted.items()
-    ]
-    table = pd.concat(parts, ignore_index=True)
-    return table if group is None else table.assign(group=np.tile(group, len(predicted)))
+    n, runs = len(labels), len(predicted)
+    fold = np.nan if folds is None else np.tile(np.asarray(folds, float), runs)
+    table = pd.DataFrame(
+        {
+            "task": task,
+            "arm": np.repeat(np.array([arm for arm, _ in predicted], object), n),
+            "seed": np.repeat([seed for _, seed in predicted], n),
+            "fold": fold,
+            "cell": np.tile(np.array([f"cell{number}" for number in range(n)], object), runs),
+            "label": np.tile(np.asarray(labels).astype(str).astype(object), runs),
+            "predicted": np.concatenate(list(predicted.values())).astype(str).astype(object),
+        }
+    )
+    return table if group is None else table.assign(group=np.tile(group, runs))
 
 
 def guess(rng, labels, chance, classes=3):
