@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tuneformer.tokens.encode import encode
+from tuneformer.artifacts import UserError
+from tuneformer.tokens.encode import encode, refuse_unmapped
 from tuneformer.tokens.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.skipif(
@@ -102,3 +103,19 @@ def test_the_official_arithmetic_orders_the_official_tokens(golden, cells, vocab
         values = (row * factor * np.float32(10_000))[genes].astype(np.float64) * (1 / medians[genes])
         assert (np.diff(values) <= 0).all()
         assert (values > 0).all()
+
+
+def test_cells_that_the_checkpoint_does_not_know_are_refused(cells, vocabulary):
+    refuse_unmapped(cells, vocabulary)
+    strange = cells.copy()
+    detected = np.asarray((cells.X != 0).sum(axis=0)).ravel()
+    known = vocabulary.codes(cells) >= 0
+    order = np.argsort(-detected * known, kind="stable")
+    hidden = order[: np.searchsorted(np.cumsum(detected[order]), 0.6 * detected.sum())]
+    names = strange.var["ensembl_id"].astype(str).to_numpy()
+    names[hidden] = [f"gene{number}" for number in range(len(hidden))]
+    strange.var["ensembl_id"] = names
+    share = detected[known & ~np.isin(np.arange(len(known)), hidden)].sum() / detected.sum()
+    message = rf"^The checkpoint knows {share:.0%} of the genes that a cell has, and at least"
+    with pytest.raises(UserError, match=message):
+        refuse_unmapped(strange, vocabulary)

@@ -369,13 +369,14 @@ def _disk_full(file: RemoteFile, needed: int | None = None) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Fetch what studies need: checkpoint, cells, list of genes; if that fails, say how to fetch all by hand."""
     from tuneformer.data import sources  # which knows the files of a study, and imports this module
-    from tuneformer.study import jobs
+    from tuneformer.study import batch, jobs
 
     parser = argparse.ArgumentParser(prog="python -m tuneformer.data.fetch", description=main.__doc__)
-    parser.add_argument("study", nargs="+", help="name of a file in params/, without .yaml")
+    parser.add_argument("study", nargs="+", help="name of a file in params/, without .yaml; or default, or all")
     files: dict[RemoteFile, None] = {}
     try:
-        for settings in (job for study in parser.parse_args(arguments).study for job in jobs(study)):
+        names = [study for name in parser.parse_args(arguments).study for study in batch(name)]
+        for settings in (job for study in names for job in jobs(study)):
             sources.source_path(settings)
             files |= dict.fromkeys(sources.remote_files(settings))
         for file in files:

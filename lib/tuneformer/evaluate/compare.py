@@ -167,13 +167,8 @@ def answer(
     for task, found in scored.items():
         of_task = runs[runs["task"] == task]
         arms = means[means["task"] == task].drop(columns="task").set_index("arm")
-        arms = (
-            of_task.groupby("arm", sort=False, observed=True)
-            .agg(counted)
-            .join(arms)
-            .sort_values("mean", ascending=False)
-        )
-        arms = arms.reset_index()[["arm", "mean", "low", "high", *counted]]
+        arms = of_task.groupby("arm", sort=False, observed=True)[[*counted]].agg(counted).join(arms)
+        arms = arms.sort_values("mean", ascending=False).reset_index()[["arm", "mean", "low", "high", *counted]]
         contrasts_of_task = judged[judged["task"] == task].drop(columns="task")
         head = {"task": task, "folds": found.folds, "seeds": sorted(map(int, of_task["seed"].unique()))}
         head["test_cells"] = {name: int(number) for name, number in found.cells.items()}

@@ -127,6 +127,7 @@ def _make(settings: Study, folder: Path) -> None:
         from tuneformer.model import fit
 
         outcome = fit.fit_cells(settings, prepared.tokens)
+    leakage.refuse_unfair(outcome, prepared, settings)
     outcome.predictions.to_parquet(folder / "predictions.parquet", index=False)
     outcome.history.to_csv(folder / "history.csv", index=False)
     row = row_of(settings, outcome)

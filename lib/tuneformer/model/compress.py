@@ -18,13 +18,12 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from tuneformer import paths
 from tuneformer.artifacts import UserError, key, made, read_json, write_json
 from tuneformer.data import fetch
 from tuneformer.model import fit, losses
-from tuneformer.model.classifier import CellClassifier
+from tuneformer.model.classifier import CellClassifier, Cells
 from tuneformer.model.variants import read_model, write_model, write_variant
 from tuneformer.study import Study, TrainingKeys
 
@@ -81,15 +80,16 @@ def measure(settings: Study, tokens: "Tokens", model: CellClassifier) -> tuple[p
     ``speed:<threads>``, times as fast as the reference by turns in one process (medians, with the quartiles as
     ``speed_low`` and ``speed_high``). And predictions: task, arm, seed, fold, and what an `Outcome` has of each cell.
     """
-    tested = tokens.dataset.select(fit.rows_of_splits(settings, tokens)["test"])
-    cells = tested.to_pandas().sort_values("length", kind="stable", ignore_index=True)
-    rows = [torch.as_tensor(ids) for ids in cells.pop("input_ids")]
+    rows = fit.rows_of_splits(settings, tokens)["test"]
+    rows = rows[np.argsort(np.asarray(tokens.dataset["length"])[rows], kind="stable")]
+    cells = tokens.dataset.remove_columns("input_ids").to_pandas().iloc[rows]
+    tested = Cells(tokens.dataset, tokens.vocabulary.specials["<pad>"], rows=rows)
+    ids = tested.__getitems__(np.arange(len(rows)))["input_ids"].numpy().astype(np.int64)  # (cells, length)
     timed = np.linspace(0, len(rows) - 1, min(settings.benchmark_cells, len(rows))).round().astype(int)  # all lengths
     found, predictions = [], []
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "cells.npz"
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokens.vocabulary.specials["<pad>"])
-        np.savez(file, ids=ids.numpy().astype(np.int64), lengths=cells["length"].to_numpy(), timed=timed)
+        np.savez(file, ids=ids, lengths=tested.lengths, timed=timed)
         for name in variants(settings, model):
             number = key(_key(settings, tokens), name, _benchmark(settings))
 

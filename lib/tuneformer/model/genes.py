@@ -27,10 +27,12 @@ from transformers import BertConfig, BertModel, BertPreTrainedModel
 from tuneformer import paths
 from tuneformer.artifacts import UserError, key, made, read_json, write_json
 from tuneformer.data import fetch, qc
-from tuneformer.model import fit, gene_baselines, hardware, losses, strategies
+from tuneformer.model import gene_baselines, hardware, losses, strategies
 from tuneformer.model.classifier import Batch, Cells, build
+from tuneformer.model.fit import optimizer_steps
 from tuneformer.model.gene_baselines import best_threshold, cross_validate, pair_auc
 from tuneformer.model.gene_task import PARTS, GeneTask, parts_of, permuted
+from tuneformer.model.trainer import Training, TrainingFailed, train
 from tuneformer.study import BASELINES, GENE_BASELINES, GenesKeys, Study, TrainingKeys
 
 VERSION = "genes.1"
@@ -177,7 +179,7 @@ def fit_baseline(settings: Study, task: GeneTask) -> tuple[list[Fold], np.ndarra
     for fold, rows in table.groupby("fold"):
         own = settings.at(fold=fold)
         counts = {"n_train": len(table) - len(rows), "n_validation": 0, "n_test": len(rows), "best_epoch": None}
-        row, predictions = _judged(own, task, rows, fit.Training(cost=cost), counts | {"key": fold_key(own, task)})
+        row, predictions = _judged(own, task, rows, Training(cost=cost), counts | {"key": fold_key(own, task)})
         folds.append(Fold(row, predictions, pd.DataFrame(), None))
     return folds, np.load(folder / "null.npy")
 
@@ -211,14 +213,14 @@ def _train(settings: Study, task: GeneTask, folder: Path) -> None:
     def validate() -> dict[str, float]:
         return {"validation_auc": float(roc_auc_score(target[is_validation], means("context")[0][is_validation]))}
 
-    log, who = fit.Training(), f"{settings.task} genes {settings.arm} seed {settings.seed} fold {settings.fold}"
+    log, who = Training(), f"{settings.task} genes {settings.arm} seed {settings.seed} fold {settings.fold}"
     more = {f"n_{part}": int((parts == part).sum()) for part in PARTS} | {"key": fold_key(settings, task)}
     rows, curve = task.genes[:0], np.full(len(CURVE), np.nan)
     order = torch.utils.data.RandomSampler(cells["context"], generator=torch.Generator().manual_seed(settings.seed))
-    steps = fit.optimizer_steps(settings, len(cells["context"]))
+    steps = optimizer_steps(settings, len(cells["context"]))
     epochs = range(steps // settings.epochs, steps + 1, steps // settings.epochs)
     with log.keeping_failures(who):
-        fit.train(
+        train(
             settings, model, cells["context"], log, plan=plan, loss=loss, validate=validate, steps=steps,
             validate_at=epochs, best="validation_auc", sampler=order, who=who,
         )  # fmt: skip
@@ -250,7 +252,7 @@ def token_logits(model: GeneClassifier, cells: Cells, task: GeneTask, bf16: bool
     table = pd.DataFrame({"token_id": np.concatenate(tokens), "logit": np.concatenate(logits)})
     if not np.isfinite(table["logit"]).all():
         msg = "the model predicts values that are not finite; set a smaller learning_rate, or precision: fp32."
-        raise fit.TrainingFailed(msg)
+        raise TrainingFailed(msg)
     return table
 
 
@@ -264,7 +266,7 @@ def _token_roc(genes: pd.DataFrame, logits: pd.DataFrame) -> tuple[float | None,
 
 
 def _judged(
-    settings: Study, task: GeneTask, rows: pd.DataFrame, log: fit.Training, more: dict[str, Any]
+    settings: Study, task: GeneTask, rows: pd.DataFrame, log: Training, more: dict[str, Any]
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Return the row of ``runs.csv`` and the predictions of the test genes of one fold, given their scores."""
     row = {"study": settings.study, **_place(settings), **settings.arm_keys()}

@@ -198,6 +198,7 @@ def test_a_saved_model_predicts_what_it_predicted_before(run_settings, tokens, t
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_transformers_alone_reads_a_saved_model(run_settings, tokens, tmp_path, strategy):
     outcome = fit.fit_cells(run_settings(strategy=strategy, pooling="first"), tokens)
+    assert not [name for name, _ in outcome.model.named_parameters() if "lora" in name]
     classifier.save(tmp_path / "model", outcome.model, tokens.vocabulary, outcome.classes, {})
     stock = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     assert type(stock) is transformers.BertForSequenceClassification
