@@ -108,8 +108,10 @@ def _read(settings: Study, name: str, read: Callable[[Path], pd.DataFrame]) -> p
     parts = [
         read(paths.run_dir(one) / name).assign(task=one.task, arm=one.arm, seed=one.seed, fold=one.fold)
         for one in places
+        if (paths.run_dir(one) / name).stat().st_size > 1  # a run that failed in its first epoch has no history
     ]
-    return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    parts = [part for part in parts if len(part)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def _make(settings: Study, folder: Path) -> None:

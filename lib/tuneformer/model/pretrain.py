@@ -141,7 +141,7 @@ def context_free_losses(corpus: Corpus) -> dict[str, float]:
 
 
 def pretrain(settings: Study, corpus: Corpus, *, folder: Path, stop_after: int | None = None) -> Pretraining:
-    """Pre-train a small Geneformer by masked-token learning; goes on where it was interrupted.
+    """Pre-train a small Geneformer by masked-token learning; goes on where it was interrupted, with other masks.
 
     Geneformer's architecture (Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9): BERT with ReLU, dropout 0.02,
     rank as position, 15 % masked tokens, AdamW with a linear schedule. Only the sizes differ.

@@ -1,12 +1,9 @@
-"""The official Geneformer format (a ``.dataset`` folder), in and out.
+"""Cells that others tokenized: the official Geneformer format (a ``.dataset`` folder).
 
-In: a data set that the official tokenizer wrote, whose cells enter fine-tuning as they are; or the tokens of a task.
-Out: a dataset as `tuneformer.tokens.encode.encode` makes it; or a folder that the official ``Classifier`` takes: as a
-command, ``python -m tuneformer.tokens.official <study> <folder>``.
+In: a data set that the official tokenizer wrote, whose cells enter fine-tuning as they are. Out: a dataset as
+`tuneformer.tokens.encode.encode` makes it. The way back is `tuneformer.tokens.export`.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tuneformer.artifacts import UserError, atomic_path
-from tuneformer.study import Study, load_study
+from tuneformer.artifacts import UserError
 from tuneformer.tokens.vocabulary import Vocabulary
 
 CHUNK = 20_000  # cells read at once: official files have 8 bytes per token, which are 300 MB
@@ -55,43 +51,6 @@ def read_dataset(
     table = {"input_ids": ids, "length": pc.list_value_length(ids).cast(pa.int64()), "cell": cells}
     texts = {name: np.asarray(values).astype(str).astype(object) for name, values in columns.items()}
     return datasets.Dataset(pa.table(table | texts))
-
-
-def write_dataset(settings: Study, dataset: datasets.Dataset, folder: Path) -> Path:
-    """Write tokens for the official ``Classifier``, whole or not at all; return the folder.
-
-    It takes the classes from ``cell_state_dict={"state_key": ...}``, a column named as in the cells, and the split from
-    ``split_id_dict={"attr_key": "split", "train": ["train", "validation"], "test": ["test"]}``.
-    """
-    names = {"label": state_column(settings)} | ({"group": settings.group_by} if settings.group_by else {})
-    with atomic_path(Path(folder)) as partial:
-        dataset.rename_columns(names).save_to_disk(partial)
-    return Path(folder)
-
-
-def state_column(settings: Study) -> str:
-    """Return the column of classes that `write_dataset` writes: that of the cells, unless the classifier refuses it."""
-    return "cell_state" if settings.label in ("label", "labels", "cell", "split", settings.group_by) else settings.label
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write the tokens of a study's single cells for the official classifier; end with 2 and one sentence if not."""
-    from tuneformer.tokens import encode  # which reads official data sets with this module
-
-    parser = argparse.ArgumentParser(prog="python -m tuneformer.tokens.official", description=main.__doc__)
-    parser.add_argument("study", help="name of a file in params/, without .yaml")
-    parser.add_argument("folder", type=Path, help="folder to write, such as cells.dataset")
-    parser.add_argument("--task", help="one of the study's tasks; the first if left out")
-    given = parser.parse_args(arguments)
-    try:
-        settings = load_study(given.study, **({"task": given.task} if given.task else {}))
-        dataset = encode.single_cell_tokens(settings).dataset
-        folder = write_dataset(settings, dataset, given.folder)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{folder}: {len(dataset):,} cells, classes in the column {state_column(settings)!r}")
-    return 0
 
 
 def _refuse_unknown(lists: pa.ListArray, vocabulary: Vocabulary, path: Path) -> None:
@@ -134,7 +93,3 @@ def _cut(lists: pa.ListArray, longest: int, vocabulary: Vocabulary) -> pa.ListAr
     if vocabulary.ends_with:
         cut[offsets[1:] - 1] = vocabulary.ends_with[0]
     return pa.ListArray.from_arrays(offsets, cut)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ from tuneformer import paths
 from tuneformer.artifacts import UserError
 from tuneformer.data import fetch, qc, sources
 from tuneformer.study import load_study
-from tuneformer.tokens import official
+from tuneformer.tokens import export, official
 from tuneformer.tokens.encode import single_cell_tokens
 from tuneformer.tokens.vocabulary import Vocabulary
 
@@ -138,7 +138,7 @@ def test_our_tokens_suit_the_official_classifier(tmp_path):
     """`Classifier.prepare_data` refuses a column label, filters by columns, renames the state key, numbers classes."""
     settings = load_study("tiny", group_by="well")
     tokens = single_cell_tokens(settings)
-    path = official.write_dataset(settings, tokens.dataset, tmp_path / "ours.dataset")
+    path = export.write_dataset(settings, tokens.dataset, tmp_path / "ours.dataset")
     ours = datasets.load_from_disk(path)
     assert set(ours.column_names) == {"input_ids", "length", "cell", "treatment", "split", "well"}
     assert ours.features["length"].dtype == "int64"
@@ -157,12 +157,12 @@ def test_our_tokens_suit_the_official_classifier(tmp_path):
     ("label", "column"), [("treatment", "treatment"), ("label", "cell_state"), ("split", "cell_state")]
 )
 def test_a_reserved_name_is_not_used(label, column):
-    assert official.state_column(load_study("tiny", label=label)) == column
+    assert export.state_column(load_study("tiny", label=label)) == column
 
 
 def test_the_command_writes_a_folder_or_says_what_is_wrong(tmp_path, capsys):
-    assert official.main(["tiny", str(tmp_path / "out.dataset")]) == 0
+    assert export.main(["tiny", str(tmp_path / "out.dataset")]) == 0
     assert re.search(r"out\.dataset: [\d,]+ cells, classes in the column 'treatment'", capsys.readouterr().out)
     assert datasets.load_from_disk(tmp_path / "out.dataset").num_rows > 1000
-    assert official.main(["tinny", str(tmp_path / "out.dataset")]) == 2
+    assert export.main(["tinny", str(tmp_path / "out.dataset")]) == 2
     assert "Did you mean tiny?" in capsys.readouterr().err
