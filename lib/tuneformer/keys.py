@@ -103,7 +103,9 @@ class TrainSetKeys(CellsKeys):
     steps_of: Literal["own", "single_cell", "pseudobulk"] = _key(
         "own", "whose number of cells sets the optimizer steps"
     )
-    validation_cells: Literal["made", "real"] = _key("made", "pseudobulk: validate on points | on single cells")
+    validation_cells: Literal["made", "real"] = _key(
+        "made", "pseudobulk: validate on points | on points and single cells"
+    )
     group_spread: NotNegative = _key(0.25, "pseudobulk: standard deviation of the group size, as a share of k")
     generator: Literal["gaussian", "gaussian_full", "nb", "nb_copula", "copies"] = _key(
         "gaussian", "synthetic, mixture: gaussian (thesis) | gaussian_full | nb | nb_copula | copies (of real cells)"

@@ -15,8 +15,9 @@ import pandas as pd
 
 from tuneformer import paths
 from tuneformer.artifacts import atomic_path, key, made, read_json, stored_key, write_json
-from tuneformer.data import fetch, qc
+from tuneformer.data import bulk, fetch, qc
 from tuneformer.study import Study, TrainingKeys
+from tuneformer.tokens import encode
 
 if TYPE_CHECKING:
     from tuneformer.model.fit import Outcome
@@ -26,9 +27,11 @@ COST_FREE = ("device", "threads")  # they change what a run costs, and its numbe
 
 
 def run_key(settings: Study) -> str:
-    """Return the key of everything that one run depends on: parameters, seed, cells, split, vocabulary and weights."""
+    """Return the key of everything that one run depends on: parameters, seed, cells, split, tokens and weights."""
     parameters = {name: value for name, value in settings.keys(TrainingKeys).items() if name not in COST_FREE}
-    inputs = qc.cells_key(settings), fetch.checkpoint_key(settings.checkpoint)
+    reads_bulk = settings.train_set == "bulk" or settings.means == "bulk"
+    inputs = [qc.cells_key(settings), encode.tokens_key(settings), fetch.checkpoint_key(settings.checkpoint)]
+    inputs += [bulk.source_hash(settings)] if reads_bulk else []
     return key(VERSION, parameters, settings.seed, settings.fold, *inputs)
 
 
