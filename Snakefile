@@ -7,6 +7,7 @@ import sys
 
 from tuneformer import paths, run
 from tuneformer.artifacts import key
+from tuneformer.data import fetch
 from tuneformer.keys import CellsKeys, NAME_PATTERN, TokensKeys, TrainingKeys, TrainSetKeys
 from tuneformer.study import batch, jobs, load_study
 
@@ -55,6 +56,11 @@ def own_file(wildcards):
 def job_of(wildcards):
     """Return the settings of a job."""
     return BY_PLACE[wildcards.study, wildcards.task, wildcards.arm, wildcards.part]
+
+
+def weights(wildcards):
+    """Return the key of the checkpoint of a job, so that other weights in its folder have the job done again."""
+    return fetch.checkpoint_key(job_of(wildcards).checkpoint)
 
 
 def tables(study):
@@ -154,7 +160,7 @@ rule job:
         # update: Snakemake deletes nothing before the job, so that one that ended just when the batch was killed is loaded.
         update(JOB),
     params:
-        key=lambda wildcards: key(job_of(wildcards).keys(TrainingKeys), job_of(wildcards).seeds),
+        key=lambda wildcards: key(job_of(wildcards).keys(TrainingKeys), job_of(wildcards).seeds, weights(wildcards)),
         seeds=lambda wildcards: str(job_of(wildcards).seeds),
     threads: 1
     shell:

@@ -90,7 +90,7 @@ def arm_scores(results: "Results", *, tasks: list[str] | None = None, reference:
     """
     answer = results.answer
     asked = [task for task in answer["tasks"] if tasks is None or task["task"] in tasks]
-    order = [arm["arm"] for arm in asked[0]["arms"]]
+    order = list(dict.fromkeys(arm["arm"] for task in asked for arm in task["arms"]))
     figure, axes = _panels(len(asked), 0.8 + 0.3 * len(order), names=order, legend=list(KINDS))
     for ax, task in zip(axes, asked, strict=True):
         arms = pd.DataFrame(task["arms"])

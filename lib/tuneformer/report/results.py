@@ -183,13 +183,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.action == "collect":
-            collect(given.study)
+            _refuse_outdated(collect(given.study))
         else:
             print(*publish(given.study), sep="\n")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _refuse_outdated(found: Results) -> None:
+    """Raise a `UserError` if runs are missing: a batch that has ended has them all, unless code or inputs changed."""
+    asked = [run for job in jobs(found.settings.study) for run in job.runs()]
+    if found.settings.kind == "cells" and len(found.runs) < len(asked):
+        study = found.settings.study
+        msg = (
+            f"{study}: {len(asked) - len(found.runs)} of {len(asked)} runs are missing, or were made of other inputs or "
+            f"by other code; run `.venv/bin/snakemake --cores all --config study={study} --forcerun job`."
+        )
+        raise UserError(msg)
 
 
 def _predictions(run: Study) -> pd.DataFrame:
