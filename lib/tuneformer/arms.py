@@ -70,8 +70,6 @@ def expand(
     ----------
     templates
         Name of an arm, or template of names, to the keys that differ (or null).
-    where
-        The file, for messages.
     allowed
         Keys in which arms may differ.
     named
@@ -135,8 +133,6 @@ def expand_contrasts(
         Name of a contrast to [reference, arm].
     arms
         Name of each arm to the keys that differ, from `expand`.
-    where
-        The file, for messages.
 
     Raises
     ------

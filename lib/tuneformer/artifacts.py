@@ -21,22 +21,10 @@ class UserError(ValueError):
 
 
 def key(*parts: Any) -> str:
-    """Hash everything that a thing depends on.
+    """Hash everything that a thing depends on: name and version of its stage, parameters, keys of inputs.
 
-    Parameters
-    ----------
-    parts
-        Values that JSON can hold: name and version of the stage, parameters, keys of inputs. The version of the
-        package is always added.
-
-    Returns
-    -------
-    The first 16 hexadecimal digits of the SHA-256 of the parts as canonical JSON (sorted keys, no spaces).
-
-    Raises
-    ------
-    TypeError, ValueError
-        A part that JSON cannot hold; NaN or infinity, which have no canonical form.
+    Returns the first 16 hexadecimal digits of the SHA-256 of the package's version and the parts as canonical JSON
+    (sorted keys, no spaces). A part that JSON cannot hold is a TypeError; NaN or infinity a ValueError.
     """
     text = json.dumps([tuneformer.__version__, *parts], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -51,16 +39,8 @@ def stored_key(folder: Path) -> str | None:
 def made(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     """Return a folder that was made of the inputs that `key` stands for, making it if need be.
 
-    Two processes that ask for the same folder make it once: the second waits for the first.
-
-    Parameters
-    ----------
-    folder
-        Where the thing is, or will be.
-    key
-        Of its inputs, from `key`.
-    make
-        Fills an empty folder, which then replaces `folder`; when it raises, `folder` stays as it was.
+    `make` fills an empty folder, which then replaces `folder`; when it raises, `folder` stays as it was. Two processes
+    that ask for the same folder make it once: the second waits for the first.
     """
     from filelock import FileLock
 
@@ -115,13 +95,7 @@ def write_json(target: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises
-    ------
-    UserError
-        It is missing, or no JSON.
-    """
+    """Read a JSON file; one that is missing or no JSON is a UserError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

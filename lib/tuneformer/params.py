@@ -36,13 +36,7 @@ _Loader.add_constructor("!exponent", lambda loader, node: float(loader.construct
 
 
 def read_value(text: str) -> Any:
-    """Read one value of a parameter as a params file would (``1e-4`` is a number, ``null`` is None).
-
-    Raises
-    ------
-    UserError
-        It is no YAML.
-    """
+    """Read one value as a params file would (``1e-4`` is a number, ``null`` is None); no YAML is a UserError."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -51,13 +45,7 @@ def read_value(text: str) -> Any:
 
 
 def file_of(name: str) -> Path:
-    """Return the file of a study or task.
-
-    Raises
-    ------
-    UserError
-        The name cannot be one, or there is no such file; the message lists what there is.
-    """
+    """Return the file of a study or task; a UserError lists what there is where there is no such file."""
     if not isinstance(name, str) or not re.fullmatch(keys.NAME_PATTERN, name):
         msg = f"{name!r} is not a study name: use at most 64 letters, digits, _ . and -, the first a letter or digit."
         raise UserError(msg)
@@ -70,13 +58,7 @@ def file_of(name: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read one parameter file.
-
-    Raises
-    ------
-    UserError
-        It is not UTF-8 YAML, is empty or not a mapping, or gives a key twice.
-    """
+    """Read one parameter file; one that is no UTF-8 YAML, no mapping, or gives a key twice is a UserError."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:

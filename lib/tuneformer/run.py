@@ -26,13 +26,7 @@ class RunError(RuntimeError):
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
-    """Execute a notebook in its own folder with `parameters`, and write its executed copy to `output`.
-
-    Raises
-    ------
-    RunError
-        A cell raised, or the kernel died; the message says which cell, why, and where to look.
-    """
+    """Execute a notebook in its own folder; write its executed copy to `output`, also when it ends in a `RunError`."""
     import papermill  # seconds of import that a finished job need not pay
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
@@ -60,23 +54,9 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
 def run_notebook(notebook: Path, settings: Study, changes: dict[str, Any]) -> str:
     """Run a notebook for one job; a job of notebook 05 that is finished already is loaded, without a kernel.
 
-    Parameters
-    ----------
-    notebook
-        The notebook's file.
-    settings
-        The job, as `changes` make it.
-    changes
-        What is injected below the parameters cell, ``study`` included.
-
-    Returns
-    -------
-    One line that says what was done, how well the arm did and how long it took.
-
-    Raises
-    ------
-    RunError
-        A cell raised, the kernel died, or the job left no rows; the message says where to look.
+    `changes` (``study`` included) are injected below the parameters cell, and make the job that `settings` state.
+    Returns one line that says what was done, how well the arm did and how long it took. A cell that raised, a kernel
+    that died, or a job without rows is a `RunError`.
     """
     start = time.perf_counter()
     output = paths.executed_path(notebook.stem, settings)

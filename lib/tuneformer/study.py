@@ -14,7 +14,7 @@ from pydantic import PrivateAttr, ValidationError, field_validator
 from tuneformer import arms, params, paths
 from tuneformer.arms import Contrast
 from tuneformer.artifacts import UserError
-from tuneformer.keys import (
+from tuneformer.keys import (  # noqa: F401 (whoever reads a study takes its sections from here)
     BASELINES,
     CONTROL,
     GENE_BASELINES,
@@ -31,27 +31,6 @@ from tuneformer.keys import (
     TrainingKeys,
     TrainSetKeys,
 )
-
-__all__ = [
-    "BASELINES",
-    "CONTROL",
-    "GENE_BASELINES",
-    "STRATEGIES",
-    "CellsKeys",
-    "CompressionKeys",
-    "Contrast",
-    "GenesKeys",
-    "PretrainingKeys",
-    "Study",
-    "TokensKeys",
-    "TrainSetKeys",
-    "TrainingKeys",
-    "batch",
-    "contrasts",
-    "from_notebook",
-    "jobs",
-    "load_study",
-]
 
 
 class Study(AskedKeys, TrainingKeys, GenesKeys, CompressionKeys, PretrainingKeys):
@@ -195,18 +174,9 @@ def load_study(name: str, **changes: Any) -> Study:
 def from_notebook(namespace: Mapping[str, Any]) -> Study:
     """Resolve the study of a notebook from the plain values that its parameters cell defined.
 
-    Every plain value (text, number, list, null) counts as a parameter, so that ``papermill … -p learning_rate 1e-4``
-    works for each key and a misspelt one is an error (papermill itself only warns and goes on).
-
-    Parameters
-    ----------
-    namespace
-        ``globals()`` of the notebook, directly after its parameters cell.
-
-    Raises
-    ------
-    UserError
-        As `load_study`; also when ``study`` is not defined.
+    `namespace` is ``globals()`` directly after that cell. Every plain value (text, number, list, null) counts as a
+    parameter, so that ``papermill … -p learning_rate 1e-4`` works for each key and a misspelt one is an error
+    (papermill itself only warns and goes on). Raises as `load_study`; also when ``study`` is not defined.
     """
     plain = (str, int, float, bool, list, type(None))
     hidden = {"In", "Out", "exit", "quit"}

@@ -41,10 +41,7 @@ class Prepared:
 def prepare(settings: Study) -> Prepared:
     """Return exactly the cells of one run, with their tokens; made cells are made if they are not there yet.
 
-    Raises
-    ------
-    UserError
-        The train set cannot be made of these cells, or as the stages before.
+    Raises as `make_cells`, `qc.prepare_cells` and `encode.single_cell_tokens`.
     """
     if settings.train_set == "single_cell":
         return _single_cells(settings)
@@ -62,11 +59,8 @@ def made_key(settings: Study) -> str:
 def draw(settings: Study, obs: pd.DataFrame) -> dict[str, np.ndarray]:
     """Draw the single cells of a run, with its seed: at most ``train_cells``, and ``cells_per_class`` of each class.
 
-    Validation cells are reduced in proportion (one per class at least); all test cells stay.
-
-    Returns
-    -------
-    Rows of `obs` (label and split of all cells), ascending, for train, validation and test.
+    Validation cells are reduced in proportion (one per class at least); all test cells stay. Returns the rows of `obs`
+    (label and split of all cells), ascending, for train, validation and test.
     """
     share, most = settings.validation_share, settings.cells_per_class
     part = splits.draw_cells(obs, train_cells=settings.train_cells, validation_share=share, seed=settings.seed)
@@ -119,13 +113,7 @@ def make_cells(settings: Study, cells: ad.AnnData) -> tuple[ad.AnnData, int | No
 
 
 def split_points(labels: pd.Series, settings: Study) -> pd.Series:
-    """Give points to train and validation, class by class, at random by the seed of the run.
-
-    Raises
-    ------
-    UserError
-        A class has fewer than two points.
-    """
+    """Give points to train and validation, at random by the seed; a class with fewer than two is a UserError."""
     rng = np.random.default_rng([settings.seed, 4])
     split = pd.Series("train", index=labels.index)
     for label, rows in labels.groupby(labels, observed=False):

@@ -26,10 +26,7 @@ def make(
 
     Source: A. Kuźnicki, bachelor thesis, TU Delft 2024, section 3.2 (padding with 700 cells, 100 per dose).
 
-    Raises
-    ------
-    UserError
-        One of ``padded_classes`` is no class of the task; or as `tuneformer.cells.synthetic.generate`.
+    One of ``padded_classes`` that is no class of the task is a UserError; else raises as `synthetic.generate`.
     """
     kept = cells
     if settings.pad is not None:
@@ -56,18 +53,9 @@ def make(
 
 
 def spread(strata: pd.Series, labels: pd.Series, numbers: Mapping[str, int]) -> pd.Series:
-    """Spread the number of cells of each class evenly over its strata, the first ones taking the remainder.
+    """Spread the `numbers` of cells of classes evenly over their strata, the first ones taking the remainder.
 
-    Parameters
-    ----------
-    strata, labels
-        Stratum and class of each cell, (cells,).
-    numbers
-        Class to number of cells.
-
-    Returns
-    -------
-    Number of cells by stratum, of these classes only.
+    `strata` and `labels` are those of each cell, (cells,). Returns the number by stratum, of these classes only.
     """
     spread = {}
     for name, number in numbers.items():

@@ -20,14 +20,8 @@ EXACT = 2**24  # whole numbers up to here are exact in float32
 def strata(cells: ad.AnnData, dose_column: str | None) -> pd.Series:
     """Return the stratum of each cell, the unit that is never mixed: its class, or ``class @ dose``.
 
-    Returns
-    -------
-    Categorical indexed by cell; categories in the order of classes and rising doses.
-
-    Raises
-    ------
-    UserError
-        A class without cells, no such column, or a cell without a dose.
+    Categorical, indexed by cell; categories in the order of classes and rising doses. A class without cells, or a cell
+    without a dose, is a UserError.
     """
     label = cells.obs["label"]
     empty = label.cat.categories.difference(label.unique())
@@ -60,7 +54,7 @@ def group_cells(strata: pd.Series, *, k: int, spread: float, rng: np.random.Gene
     Parameters
     ----------
     strata
-        Stratum of each cell, (cells,).
+        Stratum of each cell, from `strata`; (cells,).
     k
         Mean number of cells in a group, 2 or more.
     spread
@@ -69,17 +63,8 @@ def group_cells(strata: pd.Series, *, k: int, spread: float, rng: np.random.Gene
     Returns
     -------
     Number of the group of each cell, (cells,): 0, 1, 2, ..., stratum after stratum.
-
-    Raises
-    ------
-    UserError
-        There are no cells, or a cell has no stratum.
     """
-    codes = strata.astype("category").cat.codes.to_numpy()
-    if not len(codes) or codes.min() < 0:
-        what = f"{(codes < 0).sum()} of {len(codes)} cells have no stratum" if len(codes) else "There are no cells"
-        msg = f"{what}, so no groups can be made; keep cells whose class and dose are known."
-        raise UserError(msg)
+    codes = strata.cat.codes.to_numpy()
     groups = np.empty(len(codes), dtype=np.int64)
     n_groups = 0
     for code in np.unique(codes):
@@ -117,14 +102,14 @@ def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata
     Returns
     -------
     AnnData (groups, genes): CSR ``X``; ``var`` of `cells`; ``obs``: label, dose and whatever else has one value in each
-    stratum, stratum, n_counts (sum of ``X``), members (number of cells) and member_names (read by `member_names`).
+    stratum, stratum, n_counts (sum of ``X``), members (number of cells) and member_names (joined by `SEPARATOR`).
 
     Raises
     ------
     UserError
-        Lengths do not fit, a group has no cells or cells of two strata, or a sum exceeds 2^24.
+        A sum exceeds 2^24.
     """
-    members = _members(cells, groups, strata)
+    members = np.bincount(groups)
     pairs = (groups, np.arange(cells.n_obs))
     indicator = sparse.csr_matrix((np.ones(cells.n_obs), pairs), shape=(len(members), cells.n_obs))
     counts = indicator @ sparse.csr_matrix(cells.X, dtype=np.float64)
@@ -146,14 +131,7 @@ def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata
 def one_per_group(
     cells: ad.AnnData, groups: np.ndarray, *, rng: np.random.Generator, strata: pd.Series, name: str
 ) -> ad.AnnData:
-    """Draw one cell of each group: as many points as `aggregate` makes, in the same order, but with one member each.
-
-    Raises
-    ------
-    UserError
-        As `aggregate`.
-    """
-    _members(cells, groups, strata)
+    """Draw one cell of each group: as many points as `aggregate` makes, in the same order, but with one member each."""
     order = rng.permutation(cells.n_obs)
     rows = order[np.unique(groups[order], return_index=True)[1]]
     counts = sparse.csr_matrix(cells.X[rows], dtype=np.float32)
@@ -169,28 +147,10 @@ def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator) ->
     """Thin summed counts, so that a point has about the total count of a single cell.
 
     Each molecule of a point is kept with probability min(1, depth / total), so a count c becomes Binomial(c, that); the
-    new total is `depth` on average, not exactly.
-
-    Parameters
-    ----------
-    points
-        From `aggregate`, as sums.
-    depths
-        Total count aimed at for each point, such as ``n_counts`` of `one_per_group` for the same groups; (points,).
-
-    Returns
-    -------
-    A copy of `points` with thinned ``X`` (float32) and the new ``obs["n_counts"]``.
-
-    Raises
-    ------
-    UserError
-        Lengths do not fit, a depth is negative or missing, or ``X`` has values that are not whole, as means do.
+    new total is `depth` on average, not exactly. `depths` (points,) are such as ``n_counts`` of `one_per_group` for the
+    same groups. Returns a copy of `points` with thinned ``X`` (float32) and the new ``obs["n_counts"]``; values that
+    are not whole, as in means, are a UserError.
     """
-    depths = np.asarray(depths, dtype=float)
-    if depths.shape != (points.n_obs,) or not (depths >= 0).all():
-        msg = f"There are {points.n_obs} points and {depths.size} depths; give each point one, of 0 or more."
-        raise UserError(msg)
     counts = sparse.csr_matrix(points.X, dtype=np.float64, copy=True)  # eliminate_zeros works in place
     if (counts.data != np.floor(counts.data)).any():
         msg = (
@@ -207,32 +167,10 @@ def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator) ->
     return thinned
 
 
-def member_names(points: ad.AnnData) -> list[list[str]]:
-    """Return the names of the cells that each point is made of; none for a point whose ``member_names`` is empty."""
-    return [names.split(SEPARATOR) if names else [] for names in points.obs["member_names"]]
-
-
 def shared_columns(cells: ad.AnnData, strata: pd.Series) -> pd.DataFrame:
     """Return the obs columns with one value in each stratum, such as label and dose, which made cells take over."""
     columns = cells.obs.drop(columns=["n_counts", "mito_share"], errors="ignore")
     return columns.loc[:, columns.groupby(strata.to_numpy(), observed=True).nunique(dropna=False).eq(1).all()]
-
-
-def _members(cells: ad.AnnData, groups: np.ndarray, strata: pd.Series) -> np.ndarray:
-    """Check that cells, groups and strata fit each other; return the number of cells in each group, (groups,)."""
-    if not cells.n_obs == len(groups) == len(strata):
-        numbers = f"{cells.n_obs} cells, {len(groups)} group numbers and {len(strata)} strata"
-        msg = f"There are {numbers}; make groups and strata of the very cells that are aggregated."
-        raise UserError(msg)
-    members = np.bincount(groups)
-    if not members.all():
-        msg = f"Group {np.argmin(members)} has no cells; number groups 0, 1, 2, ... as group_cells does."
-        raise UserError(msg)
-    mixed = pd.Series(strata.to_numpy()).groupby(groups).nunique() > 1
-    if mixed.any():
-        msg = f"Group {mixed.idxmax()} has cells of more than one stratum; make the groups with group_cells."
-        raise UserError(msg)
-    return members
 
 
 def _obs(cells: ad.AnnData, rows: np.ndarray, strata: pd.Series, name: str) -> pd.DataFrame:

@@ -134,19 +134,15 @@ def generate(
     Parameters
     ----------
     cells
-        Single cells from which everything is estimated (never test cells): raw counts in ``X``; ``obs["label"]``.
+        Single cells from which everything is estimated (never test cells).
     strata
         Stratum of each cell, (cells,); not read with both `points` and `reference`.
     numbers
         Stratum to number of synthetic cells.
-    generator
-        One of `GENERATORS`; see the head of the module.
     reference
         Which cells are untreated, (cells,): only they say how single cells vary. None: the cells of each stratum do.
     rank
         Most factors of ``gaussian_full`` and ``nb_copula``.
-    name
-        Cells are named ``<name>_00001`` and so on.
     points
         Bulk points to draw around, from `sample_points`; None takes those of `cells`.
 
@@ -159,7 +155,7 @@ def generate(
     Raises
     ------
     UserError
-        No cell is asked for, a stratum has no cells or no counts, fewer than two cells say how cells vary, or cells
+        No cell is asked for, a stratum has no counts, fewer than two cells say how cells vary, or cells
         without any count are drawn again and again.
     """
     if points is None:
@@ -172,10 +168,6 @@ def generate(
         draw = _fit(cells[reference], "the untreated class", generator, rank, rng)
     parts = []
     for stratum, number in wanted.items():
-        if stratum not in points.obs_names:
-            known = ", ".join(points.obs_names[:5]) + (" ..." if points.n_obs > 5 else "")
-            msg = f"Stratum {stratum!r} has no cells, so it has no bulk point; strata with cells: {known}."
-            raise UserError(msg)
         mean = points[stratum].X.toarray().ravel()
         if not mean.any():
             msg = f"The cells of stratum {stratum!r} have no counts, so no cells can be made from them; drop them."
@@ -218,8 +210,7 @@ def gaussian(counts: sparse.csr_matrix, rank: int, rng: np.random.Generator) -> 
 def negative_binomial(counts: sparse.csr_matrix, rank: int, rng: np.random.Generator) -> Draw:
     """Fit dispersions, library sizes and at most `rank` latent factors to `counts`; return what draws from them."""
     n_cells, n_genes = counts.shape
-    library, total = (np.asarray(counts.sum(axis=axis)).ravel() for axis in (1, 0))
-    share = total / library.sum()
+    library, total, share = _sums(counts)
     dispersion = dispersions(counts)
     loadings = np.zeros((n_genes, rank))  # Lambda
     if rank:
@@ -256,13 +247,18 @@ GENERATORS: dict[str, tuple[Callable[[sparse.csr_matrix, int, np.random.Generato
 def dispersions(counts: sparse.csr_matrix) -> np.ndarray:
     """Match the negative binomial dispersion of each gene to the moments of `counts`, (cells, genes); (genes,)."""
     n_cells, n_genes = counts.shape
-    library, total = (np.asarray(counts.sum(axis=axis)).ravel() for axis in (1, 0))
-    share = total / library.sum()
+    library, total, share = _sums(counts)
     square = np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
     expected = share**2 * (library**2).sum()  # squared expectations, summed over the cells; (genes,)
     residual = square - 2 * share * (counts.T @ library) + expected
     excess = residual * n_cells / (n_cells - 1) - total
     return np.maximum(np.divide(excess, expected, out=np.zeros(n_genes), where=total > 0), POISSON)
+
+
+def _sums(counts: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return library sizes (cells,), total counts (genes,), and shares of the genes in all counts (genes,)."""
+    library, total = (np.asarray(counts.sum(axis=axis)).ravel() for axis in (1, 0))
+    return library, total, total / library.sum()
 
 
 def _fit(source: ad.AnnData, where: str, generator: str, rank: int, rng: np.random.Generator) -> Draw:

@@ -61,7 +61,7 @@ def load_bulk(settings: Study, cells: ad.AnnData) -> ad.AnnData:
 
 
 def read_tables(settings: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read table and sample sheet (csv, or tab-separated where the name ends in .tsv or .txt; also gzipped).
+    """Read the table and its sample sheet.
 
     Returns
     -------
@@ -117,6 +117,11 @@ def source_hash(settings: Study) -> str:
 
 def _demo(settings: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the simulated samples that belong to the task."""
+    if settings.dataset != "demo":
+        msg = (
+            f"bulk_counts: demo means simulated samples, but dataset is {settings.dataset}; name a csv or tsv of yours."
+        )
+        raise UserError(msg)
     counts, wells = simulate.simulate_bulk(seed=settings.demo_seed)
     if settings.select_column is not None:
         wells = wells[wells[settings.select_column].astype(str).isin(settings.select_values)]

@@ -62,12 +62,9 @@ def read_gene_classes(settings: Study) -> GeneClasses:
 
 
 def from_csv(path: Path) -> GeneClasses:
-    """Read a csv of genes and classes, in one of the `FORMS`. Other columns, such as names, are left alone.
+    """Read a csv of genes and classes, in one of the `FORMS`; other columns, such as names, are left alone.
 
-    Raises
-    ------
-    UserError
-        No such columns, a gene without a class or with both, a gene that is given twice, or not two classes.
+    Other forms, and lines that lack a gene or its class, are a UserError; else raises as `check_classes`.
     """
     table = read_table("gene_classes", path, dtype=str, skipinitialspace=True)
     marked = [name for name in table.columns if name != GENE and _is_marks(table[name])]
@@ -93,10 +90,7 @@ def from_csv(path: Path) -> GeneClasses:
 def from_pickle(path: Path) -> GeneClasses:
     """Read a pickled dictionary of class to list of genes, as Geneformer's examples have it; nothing in it is run.
 
-    Raises
-    ------
-    UserError
-        The file is no such dictionary, a gene is given twice, or there are not two classes.
+    Anything else is a UserError; else raises as `check_classes`.
     """
     content = read_pickle(path)
     is_lists = isinstance(content, dict) and all(
@@ -111,13 +105,7 @@ def from_pickle(path: Path) -> GeneClasses:
 
 
 def check_classes(classes: pd.Series, where: str) -> GeneClasses:
-    """Check that genes (index) have one class each, and that there are two classes; `where` names the list.
-
-    Raises
-    ------
-    UserError
-        A gene is in both classes, or twice in one; or there is any other number of classes than two.
-    """
+    """Refuse (UserError) genes (index) that are given twice, and other than two classes; `where` names the list."""
     n_classes = classes[classes.index.duplicated(keep=False)].groupby(level=0).nunique()
     for what, genes in {"in both classes": n_classes.index[n_classes > 1], "given twice": n_classes.index}.items():
         if len(genes):

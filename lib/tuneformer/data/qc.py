@@ -46,7 +46,7 @@ def prepare_cells(settings: Study) -> ad.AnnData:
         split_cells(cells.copy(), settings)  # cells that cannot be split are not stored
         cells.write_h5ad(folder / "cells.h5ad", compression="lzf")
 
-    if sources.is_tokenized(settings):
+    if paths.is_tokenized(settings):
         _refuse_count_readers(settings)
     folder = made(paths.cells_dir(settings), cells_key(settings.at(fold=None)), make)
     adata = split_cells(ad.read_h5ad(folder / "cells.h5ad"), settings)
@@ -144,33 +144,10 @@ def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
     return flags
 
 
-def qc_table(flags: pd.DataFrame, settings: Study) -> pd.DataFrame:
-    """Count the cells that each rule drops.
-
-    Returns
-    -------
-    Rows: one for each rule of `RULES`, then kept and all. Columns: the limit, the number of cells, and how many of them
-    no other rule would have dropped.
-    """
-    failed = flags[list(RULES)]
-    alone = failed[failed.sum(axis=1) == 1].sum()
-    limits = {"label": "known"} | {rule: getattr(settings, rule) for rule in RULES[1:]}
-    rows = {
-        f"fails {rule}": ("none" if limits[rule] is None else str(limits[rule]), failed[rule].sum(), alone[rule])
-        for rule in RULES
-    }
-    rows |= {"kept": ("", (~failed.any(axis=1)).sum(), ""), "all": ("", len(flags), "")}
-    columns = ["limit", "number", "by this rule alone"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("cells")
-
-
 def keep_cells(adata: ad.AnnData, flags: pd.DataFrame) -> ad.AnnData:
     """Return the cells that fail no rule, with ``obs`` n_counts and mito_share, and ``X`` as float32.
 
-    Raises
-    ------
-    UserError
-        Every cell fails.
+    That every cell fails is a UserError.
     """
     kept = ~flags[list(RULES)].any(axis=1).to_numpy()
     if not kept.any():
@@ -239,18 +216,6 @@ def split_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
         fold = {"folds": settings.folds, "fold": settings.fold}
         adata.obs["split"] = splits.assign_fold(adata.obs["label"], **fold, **options)
     return adata
-
-
-def class_table(adata: ad.AnnData) -> pd.DataFrame:
-    """Count cells by class, with their sum; and by dose (columns, % of the maximum) where obs has numeric doses."""
-    if not pd.api.types.is_numeric_dtype(adata.obs.get("dose", pd.Series(dtype=str))):
-        table = adata.obs["label"].value_counts(sort=False).to_frame("cells")
-    else:
-        table = pd.crosstab(adata.obs["label"], adata.obs["dose"])
-        table.columns = [f"{dose:g}" for dose in table.columns]
-        table["all"] = table.sum(axis=1)
-        table = table.rename_axis(columns="dose (%)")
-    return splits.with_sums(table)
 
 
 def _refuse_no_counts(adata: ad.AnnData, settings: Study) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import io, sparse
 
+from tuneformer import paths
 from tuneformer.artifacts import UserError
 from tuneformer.data import fetch
 from tuneformer.data.refusals import expanded_path, explained, nearest, read_table
@@ -38,7 +39,7 @@ def read_own(path: Path, settings: Study) -> ad.AnnData:
     counts of genes with the same identifier are summed. Returns and raises as `read_h5ad`; ``uns["recognised"]`` says,
     as text, what the file is, where counts and gene identifiers were found, and what was done to the genes.
     """
-    if is_token_folder(path):
+    if paths.is_token_folder(path):
         return read_tokenized(path)
     adata = read_10x(path, settings) if path.is_dir() or _is_10x(path) else read_h5ad(path, settings)
     if not are_ensembl(adata.var["ensembl_id"]):
@@ -89,16 +90,9 @@ def read_h5ad(path: Path, settings: Study) -> ad.AnnData:
 
 
 def read_10x(path: Path, settings: Study) -> ad.AnnData:
-    """Read the gene expression of a 10x file: an h5 of Cell Ranger, or a folder with a matrix, features and barcodes.
+    """Read the gene expression of a 10x h5 or folder (matrix, features, barcodes); ``obs`` has no column.
 
-    Returns
-    -------
-    As `read_h5ad`; ``obs`` has the barcodes as index and no column.
-
-    Raises
-    ------
-    UserError
-        A file is missing or damaged, the numbers of rows do not fit, or there is no gene expression in it.
+    Returns and raises as `read_h5ad`; a file without gene expression is a UserError too.
     """
     if settings.counts not in ("auto", "X"):
         msg = f"{path} has no counts in {settings.counts!r}, but one matrix; set counts to X or auto."
@@ -114,11 +108,6 @@ def read_10x(path: Path, settings: Study) -> ad.AnnData:
     kind = "10x folder" if path.is_dir() else "10x h5"
     recognised = {"file": kind, "counts": "its matrix", "gene identifiers": found}
     return summed(sparse.csr_matrix(adata.X), adata.obs[[]].copy(), genes, recognised)
-
-
-def is_token_folder(path: Path) -> bool:
-    """Return whether a path is the folder of a data set that ``datasets.save_to_disk`` wrote."""
-    return all((Path(path) / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def read_tokenized(path: Path) -> ad.AnnData:
@@ -164,9 +153,7 @@ def read_pbmc68k() -> ad.AnnData:
     `scanpy.datasets.pbmc68k_reduced` holds log(1 + 10,000 count / total) of 765 highly variable genes. Lost for good
     are the other genes (about 80 % of the counts) and Ensembl identifiers: ``var["ensembl_id"]`` holds symbols.
 
-    Returns
-    -------
-    AnnData (700, 765): ``obs["bulk_labels"]``, the cell type by similarity to sorted cells, and
+    Returns AnnData (700, 765): ``obs["bulk_labels"]``, the cell type by similarity to sorted cells, and
     ``obs["n_counts_all_genes"]``, the total over all genes of the original data.
     """
     from scanpy.datasets import pbmc68k_reduced  # takes seconds, and other data sets do without it
@@ -182,12 +169,7 @@ def recover_counts(values: sparse.spmatrix, *, totals: np.ndarray) -> sparse.csr
     """Turn log(1 + 10,000 count / total) back into counts, taking the smallest value of a cell as a count of 1.
 
     Quotients must be whole numbers (0.25 is the largest distance accepted; 0.11 the largest in pbmc68k), and imply the
-    recorded `totals` (cells,) to 0.5 %.
-
-    Raises
-    ------
-    UserError
-        A cell has no value, does not give whole numbers, or does not give its recorded total.
+    recorded `totals` (cells,) to 0.5 %; else, and for a cell without values, a UserError is raised.
     """
     scaled = sparse.csr_matrix(values, dtype=np.float64).expm1()
     scaled.eliminate_zeros()
@@ -226,11 +208,8 @@ def to_ensembl(symbols: Iterable[str], dictionary: Path) -> tuple[np.ndarray, in
     """Replace gene symbols by the Ensembl identifiers of Geneformer's dictionary of gene names.
 
     A symbol is looked up as it is, and else in capitals (no two symbols of the official dictionaries differ in case
-    only). What is not found stays as it is: its counts belong to the total of a cell.
-
-    Returns
-    -------
-    Identifiers, (genes,), of which several can be the same; and how many symbols were found.
+    only). What is not found stays as it is: its counts belong to the total of a cell. Returns the identifiers,
+    (genes,), of which several can be the same; and how many symbols were found.
     """
     known = read_pickle(dictionary)
     in_capitals = {name.upper(): gene for name, gene in known.items()}
@@ -379,7 +358,7 @@ def _genes(var: pd.DataFrame, settings: Study, file: str, table: str) -> tuple[p
 def _with_table(adata: ad.AnnData, written: str) -> ad.AnnData:
     """Give cells the columns of a csv or tsv whose first column names them; other cells have no value there."""
     path = expanded_path("obs_table", written)
-    table = read_table("obs_table", path, index_col=0)
+    table = read_table("obs_table", path, index_col=0, dtype={0: str})  # names such as 007 stay as they are
     table.index = table.index.astype(str)
     if table.index.has_duplicates:
         first = table.index[table.index.duplicated()][0]

@@ -35,13 +35,7 @@ def explained(what: object, form: str, remedy: str) -> Iterator[None]:
 
 
 def expanded_path(key: str, written: str, remedy: str = "a file that does, or to null") -> Path:
-    """Return a path that the params file states for `key`: variables expanded, relative to the repository.
-
-    Raises
-    ------
-    UserError
-        A $VARIABLE is not set, or there is nothing at this path.
-    """
+    """Return a path that the params file states for `key`; an unset $VARIABLE, or nothing there, is a UserError."""
     refuse_unset(key, written)
     path = paths.user_path(written)
     if not path.exists():
@@ -95,13 +89,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def read_table(key: str, path: Path, **options: object) -> pd.DataFrame:
-    """Read a csv, or a tsv where the name says so (.tsv, .txt), also gzipped.
-
-    Raises
-    ------
-    UserError
-        It is empty or no table.
-    """
+    """Read a csv, or a tsv where the name says so (.tsv, .txt), also gzipped; what is no table is a UserError."""
     separator = "\t" if {".tsv", ".txt"} & set(path.suffixes) else ","
     with explained(f"{key}: {path}", "a table", "write it as csv or tsv with a header"):
         return pd.read_csv(path, sep=separator, **options)

@@ -41,11 +41,7 @@ def read_harmonised(path: Path, settings: Study) -> ad.AnnData:
 
     What it calls "control" is not the vehicle (dose 0), but cells whose oligo it could not read; they are labelled by
     their oligo here, or not at all. Hash limits as `label_cells`; genes with the same identifier are summed.
-
-    Raises
-    ------
-    UserError
-        Damaged, other columns than expected, or an oligo that does not read ``<drug>_<dose>_<well>``.
+    A damaged file, or one with other columns than expected, is a UserError.
     """
     with explained(path, "sci-Plex", AGAIN), h5py.File(path) as file:
         obs, var = ad.io.read_elem(file["obs"]), ad.io.read_elem(file["var"])
@@ -63,12 +59,8 @@ def read_harmonised(path: Path, settings: Study) -> ad.AnnData:
 def read_geo(folder: Path, settings: Study) -> ad.AnnData:
     """Read sci-Plex 2 as it is in GEO: gzipped tables of counts (gene, cell, count), genes, cells and hashes (pData).
 
-    Hash limits as `label_cells`; the columns of pData keep their names.
-
-    Raises
-    ------
-    UserError
-        A file is missing or damaged, the tables do not fit each other, or an oligo cannot be read.
+    Hash limits as `label_cells`; the columns of pData keep their names. Files that are missing, damaged or do not fit
+    each other are a UserError.
     """
     parts = ("UMI.count.matrix", "gene.annotations", "cell.annotations", "pData")
     found = [sorted(folder.glob(f"GSM4150377_sciPlex2_*{part}*.gz")) for part in parts]
@@ -213,10 +205,10 @@ def _is_asked(obs: pd.DataFrame, settings: Study) -> np.ndarray:
         require_column(obs, key, getattr(settings, key))
     asked = obs[settings.label].notna()
     if settings.classes:
-        asked &= obs[settings.label].isin(settings.classes)
+        asked &= obs[settings.label].astype(str).isin(settings.classes)
     if settings.select_column is not None:
-        values = obs[settings.select_column]
-        require_values("select_values", settings.select_values, settings.select_column, values.dropna())
+        values = obs[settings.select_column].astype(str)  # as qc.select_task_cells compares them
+        require_values("select_values", settings.select_values, settings.select_column, values)
         asked &= values.isin(settings.select_values)
     if not asked.any():
         msg = f"classes: no selected cell has one of them in {settings.label!r}; change classes or select_values."

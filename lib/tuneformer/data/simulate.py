@@ -1,8 +1,8 @@
 r"""Simulated cells, bulk samples and gene classes: what the demo studies and the demo checkpoint are made of.
 
-In: a size and a seed. Out: AnnData with raw counts, labels and, in ``uns["simulation"]``, the truth; a table of bulk
-samples; a class for some genes. Nothing here is biology: gene identifiers start with SIMG, and every document that
-shows a number made from these cells says "simulated".
+In: a size and a seed. Out: AnnData with raw counts and labels; a table of bulk samples; a class for some genes. Nothing
+here is biology: gene identifiers start with SIMG, and every document that shows a number made from these cells says
+"simulated".
 
 Model
 -----
@@ -149,25 +149,22 @@ def simulate_sciplex2(n_cells: int, *, seed: int) -> ad.AnnData:
     -------
     AnnData (`n_cells`, 2,000): raw counts in ``X`` (CSR, float32); ``var`` ensembl_id, symbol; ``obs`` top_oligo
     (``<drug>_<dose>_<well>``, missing without label), drug, dose (% of maximum), dose_um (uM), dose_label, treatment
-    (drug, or Untreated at dose 0), plate, well, replicate; ``uns["simulation"]`` the truth: seed, drugs, drug_effects
-    (drugs x programs), loadings (genes x programs), dispersion; ``obsm["simulation"]`` the program activity.
+    (drug, or Untreated at dose 0), plate, well, replicate.
     """
     universe = make_universe()
     rng = np.random.default_rng([seed, 2])
     wells = _make_wells()
-    effects = drug_effects()
-    viability = _viability(wells)
+    viability = 1 - np.array([DRUGS[index].killed for index in wells["drug_index"]]) * wells["toxicity"].to_numpy()
     well_of = rng.choice(len(wells), size=n_cells, p=viability / viability.sum())
     wells_of_cells = wells.iloc[well_of]
 
-    n_wells = len(wells)
-    well_program = rng.normal(0, WELL_PROGRAM_SD, (n_wells, N_PROGRAMS))
-    well_gene = rng.normal(0, WELL_GENE_SD, (n_wells, N_GENES))
-    well_library = rng.normal(0, WELL_LIBRARY_SD, n_wells)
+    well_program = rng.normal(0, WELL_PROGRAM_SD, (len(wells), N_PROGRAMS))
+    well_gene = rng.normal(0, WELL_GENE_SD, (len(wells), N_GENES))
+    well_library = rng.normal(0, WELL_LIBRARY_SD, len(wells))
 
     response = rng.gamma(RESPONSE_SHAPE, 1 / RESPONSE_SHAPE, n_cells) * wells_of_cells["hill"].to_numpy()
     activity = cell_type_activity(CELL_LINE) + cell_variation(n_cells, rng) + well_program[well_of]
-    activity += response[:, None] * effects[wells_of_cells["drug_index"].to_numpy()]
+    activity += response[:, None] * drug_effects()[wells_of_cells["drug_index"].to_numpy()]
 
     log_library = rng.normal(np.log(LIBRARY_MEDIAN), LIBRARY_SD, n_cells) + well_library[well_of]
     library = np.exp(log_library) * (0.5 + 0.5 * viability[well_of])
@@ -179,20 +176,8 @@ def simulate_sciplex2(n_cells: int, *, seed: int) -> ad.AnnData:
     mito_share[damaged] = rng.beta(*DAMAGED_BETA, damaged.sum())
 
     counts = draw_counts(universe, activity, library, mito_share, rng, gene_shift=well_gene, shift_of=well_of)
-    truth = {
-        "seed": seed,
-        "drugs": [drug.name for drug in DRUGS],
-        "drug_effects": effects,
-        "loadings": universe.loadings,
-        "dispersion": universe.dispersion,
-    }
-    return ad.AnnData(
-        counts,
-        obs=_obs(wells_of_cells, unlabelled=rng.uniform(size=n_cells) < UNLABELLED),
-        var=universe.var,
-        obsm={"simulation": activity.astype(np.float32)},
-        uns={"simulation": truth},
-    )
+    obs = _obs(wells_of_cells, unlabelled=rng.uniform(size=n_cells) < UNLABELLED)
+    return ad.AnnData(counts, obs=obs, var=universe.var)
 
 
 def simulate_corpus(n_cells: int, *, n_types: int, seed: int) -> ad.AnnData:
@@ -339,19 +324,13 @@ def _make_wells() -> pd.DataFrame:
                 "dose": dose,
                 "dose_um": dose_um,
                 "hill": _hill(dose_um, drug.ec50, drug.hill),
+                "toxicity": _hill(dose_um, drug.lc50, 2.0),
                 "plate": plate,
                 "well": f"{plate}{row}{column:02d}",
                 "replicate": (column - 1) % 3 + 1,
             }
         )
     return pd.DataFrame(rows)
-
-
-def _viability(wells: pd.DataFrame) -> np.ndarray:
-    """Return the expected share of surviving cells of every well, (wells,)."""
-    drugs = [DRUGS[index] for index in wells["drug_index"]]
-    killed = [drug.killed * _hill(x, drug.lc50, 2.0) for drug, x in zip(drugs, wells["dose_um"], strict=True)]
-    return 1 - np.array(killed)
 
 
 def _hill(dose: float, half: float, steepness: float) -> float:
@@ -361,7 +340,7 @@ def _hill(dose: float, half: float, steepness: float) -> float:
 
 def _obs(wells: pd.DataFrame, *, unlabelled: np.ndarray) -> pd.DataFrame:
     """Make the cell table from the well of every cell; an unlabelled cell has no value in any column."""
-    obs = wells.drop(columns=["drug_index", "hill"]).reset_index(drop=True)
+    obs = wells.drop(columns=["drug_index", "hill", "toxicity"]).reset_index(drop=True)
     obs["top_oligo"] = obs["drug"] + "_" + obs["dose"].map("{:g}".format) + "_" + obs["well"]
     obs["treatment"] = obs["drug"].where(obs["dose"] > 0, "Untreated")
     obs["dose_label"] = obs["dose_um"].map("{:g} uM".format)

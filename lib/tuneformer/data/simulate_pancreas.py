@@ -1,8 +1,8 @@
 """A simulated look-alike of the human pancreas in six technologies: 14 cell types, the rarest with seven cells.
 
-In: a number of cells and a seed. Out: cells in which the truth is known, for the study of class imbalance and of
-technologies that differ. Genes, programs and counts are those of `tuneformer.data.simulate`, so the demo checkpoint
-knows them. No cell here is real, and no score on them says anything about the pancreas.
+In: a number of cells and a seed. Out: cells for the study of class imbalance and of technologies that differ. Genes,
+programs and counts are those of `tuneformer.data.simulate`, so the demo checkpoint knows them. No cell here is real,
+and no score on them says anything about the pancreas.
 
 Model
 -----
@@ -93,9 +93,7 @@ def simulate_pancreas(n_cells: int, *, seed: int) -> ad.AnnData:
     Returns
     -------
     AnnData (`n_cells`, 2,000): counts in ``X`` (CSR, float32), with two decimals in full-length technologies; ``var``
-    ensembl_id, symbol; ``obs`` celltype, tech; ``uns["simulation"]`` the truth: seed, types, lineages (of the types),
-    type_activity (types, programs), technologies, full_length, gene_effects (technologies, genes; natural log);
-    ``obsm["simulation"]`` the program activity.
+    ensembl_id, symbol; ``obs`` celltype, tech.
 
     Raises
     ------
@@ -120,22 +118,7 @@ def simulate_pancreas(n_cells: int, *, seed: int) -> ad.AnnData:
         {"celltype": pd.Categorical(table.index[type_of]), "tech": pd.Categorical(table.columns[technology_of])},
         index=[f"pancreas{number}" for number in range(n_cells)],
     )
-    truth = {
-        "seed": seed,
-        "types": list(table.index),
-        "lineages": [one.lineage for one in TYPES],
-        "type_activity": type_activity(),
-        "technologies": list(table.columns),
-        "full_length": full_length,
-        "gene_effects": gene_effects,
-    }
-    return ad.AnnData(
-        _divide_reads(counts, kept, full_length[technology_of]),
-        obs=obs,
-        var=universe.var,
-        obsm={"simulation": activity.astype(np.float32)},
-        uns={"simulation": truth},
-    )
+    return ad.AnnData(_divide_reads(counts, kept, full_length[technology_of]), obs=obs, var=universe.var)
 
 
 def cell_numbers(n_cells: int) -> pd.DataFrame:

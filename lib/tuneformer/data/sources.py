@@ -185,10 +185,7 @@ def load(settings: Study) -> ad.AnnData:
 def source_key(settings: Study) -> str:
     """Return a key that changes when the cells before quality control change, without loading them.
 
-    Raises
-    ------
-    UserError
-        The path of own cells is wrong, or a file without a known checksum was not fetched yet.
+    A wrong path of own cells, or a file without a known checksum that was not fetched yet, is a UserError.
     """
     source = SOURCES[settings.dataset]
     if settings.simulated:
@@ -203,22 +200,12 @@ def source_key(settings: Study) -> str:
 def source_path(settings: Study) -> Path | None:
     """Return the file or folder that holds the cells of a study; None where they are simulated or carried by scanpy.
 
-    Raises
-    ------
-    UserError
-        The data set is your own, and a $VARIABLE in ``path`` is not set, or there is nothing there.
+    A path of own cells with a $VARIABLE that is not set, or with nothing there, is a UserError.
     """
     if settings.dataset == "own":
         return expanded_path("path", settings.path, "an h5ad file with raw counts")
     files = SOURCES[settings.dataset].files
     return None if not files else files[0].target if len(files) == 1 else files[0].target.parent
-
-
-def is_tokenized(settings: Study) -> bool:
-    """Return whether the cells of a study are tokens already, without genes and counts."""
-    if settings.dataset == "own":
-        return readers.is_token_folder(paths.user_path(settings.path))
-    return settings.dataset == "cardiomyopathy"
 
 
 def remote_files(settings: Study) -> list[RemoteFile]:

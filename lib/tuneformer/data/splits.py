@@ -114,21 +114,8 @@ def draw_cells(
 ) -> dict[str, np.ndarray]:
     """Choose the cells of a run: at most `train_cells`, stratified by class; validation in proportion; all test cells.
 
-    Parameters
-    ----------
-    table
-        Columns label and split, one row per cell.
-    validation_share
-        Share of the cells outside the test set that the split gave to validation.
-
-    Returns
-    -------
-    Rows of `table`, ascending, for each of `PARTS`.
-
-    Raises
-    ------
-    UserError
-        `train_cells` is smaller than the number of classes.
+    `table` has the columns label and split, one row per cell; `validation_share` is that of the cells outside the test
+    set. Returns rows of `table`, ascending, for each of `PARTS`. Fewer `train_cells` than classes is a UserError.
     """
     rows = {part: np.flatnonzero(table["split"] == part) for part in PARTS}
     if train_cells is None:
@@ -161,19 +148,6 @@ def draw_stratified(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.
         for name, size in zip(classes, take, strict=True)
     ]
     return np.sort(np.concatenate(chosen))
-
-
-def split_table(labels: pd.Series, split: pd.Series) -> pd.DataFrame:
-    """Count cells by class (rows) and part of the split (columns), with sums."""
-    table = pd.crosstab(labels, split)[list(PARTS)]
-    return with_sums(table.assign(all=table.sum(axis=1)).rename_axis(columns="cells"))
-
-
-def with_sums(table: pd.DataFrame) -> pd.DataFrame:
-    """Add a row with the sums to a table of one row per class."""
-    table = table.set_axis(table.index.astype(object)).rename_axis(index="class")
-    table.loc["all"] = table.sum()
-    return table
 
 
 def split_key(split: pd.Series) -> str:

@@ -7,7 +7,6 @@ In: the settings of a run. Out: its row of ``runs.csv`` and, in its folder, ``ro
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +61,8 @@ def run_job(settings: Study) -> pd.DataFrame:
         start, is_new = time.perf_counter(), stored_key(paths.run_dir(one)) != run_key(one)
         rows.append(run(one))
         if is_new:
+            from tuneformer.model.fit import describe  # seconds of imports that a finished run need not pay
+
             judged = f"macro-F1 {rows[-1]['macro_f1']:.3f}" if rows[-1]["status"] == "ok" else rows[-1]["status"]
             line = f"[{number}/{len(asked)}] {describe(one)}: {judged}, {time.perf_counter() - start:.1f} s"
             print(line, file=sys.stderr, flush=True)
@@ -89,37 +90,50 @@ def finished_job(settings: Study) -> pd.DataFrame | None:
     return rows if list(rows["key"]) == [run_key(one) for one in settings.runs()] else None
 
 
+def finished_runs(settings: Study) -> list[Study]:
+    """Return the runs of a job that are finished, and were made of what they depend on now."""
+    return [one for one in settings.runs() if stored_key(paths.run_dir(one)) == run_key(one)]
+
+
 def read_predictions(settings: Study) -> pd.DataFrame:
-    """Read the predictions of the finished runs of a job: arm, seed, fold, cell, label, predicted, probabilities."""
-    return _read(settings, "predictions.parquet", pd.read_parquet)
+    """Read what the finished runs of a job predicted: task, arm, seed, fold, cell, label, predicted, probabilities."""
+    return _below_each_other([predictions_of(one) for one in finished_runs(settings)], ["label", "predicted"])
 
 
 def read_histories(settings: Study) -> pd.DataFrame:
-    """Read the training history of the finished runs of a job: arm, seed, fold, and one row per epoch."""
-    return _read(settings, "history.csv", pd.read_csv)
+    """Read the training history of the finished runs of a job: task, arm, seed, fold, and one row per epoch."""
+    return _below_each_other([history_of(one) for one in finished_runs(settings)], ["epoch"])
 
 
-def describe(settings: Study) -> str:
-    """Return the name of a run as progress lines show it."""
-    fold = "" if settings.fold is None else f" fold {settings.fold}"
-    return f"{settings.task} {settings.arm} seed {settings.seed}{fold}"
+def predictions_of(run: Study) -> pd.DataFrame:
+    """Read what a finished run predicted for its test cells; no rows if it failed."""
+    return pd.read_parquet(paths.run_dir(run) / "predictions.parquet").assign(**_place(run))
 
 
-def _read(settings: Study, name: str, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
-    """Read a file of every finished run of a job; say of which run each row is."""
-    places = [one for one in settings.runs() if stored_key(paths.run_dir(one)) == run_key(one)]
-    parts = [
-        read(paths.run_dir(one) / name).assign(task=one.task, arm=one.arm, seed=one.seed, fold=one.fold)
-        for one in places
-        if (paths.run_dir(one) / name).stat().st_size > 1  # a run that failed in its first epoch has no history
-    ]
+def history_of(run: Study) -> pd.DataFrame:
+    """Read the epochs of a finished run; one that failed in its first epoch has none."""
+    path = paths.run_dir(run) / "history.csv"
+    table = pd.read_csv(path) if path.stat().st_size > 1 else pd.DataFrame(columns=["epoch"])
+    return table.assign(**_place(run))
+
+
+def _place(run: Study) -> dict[str, Any]:
+    return {"task": run.task, "arm": run.arm, "seed": run.seed, "fold": run.fold}
+
+
+def _below_each_other(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    """Join tables of runs; if there is no row, return an empty one with these columns and those of the run."""
     parts = [part for part in parts if len(part)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=["task", "arm", "seed", "fold", *columns])
+    )
 
 
 def _make(settings: Study, folder: Path) -> None:
     """Make a run in an empty folder."""
-    from tuneformer.cells import make  # seconds of imports that a finished run need not pay
+    from tuneformer.cells import make
     from tuneformer.evaluate import leakage
 
     prepared = make.prepare(settings)
@@ -141,7 +155,8 @@ def _make(settings: Study, folder: Path) -> None:
         from tuneformer.model import classifier
 
         card = {name: row[name] for name in ("study", "task", "arm", "seed", "fold", "n_train", "validation_macro_f1")}
-        card |= {"simulated": settings.simulated, "job": _job_key(settings)}
+        of_arm = settings.at(seed=0, fold=0 if settings.folds else None)  # its key is the same for each seed and fold
+        card |= {"simulated": settings.simulated, "job": run_key(of_arm)}
         classifier.save(folder / "model", outcome.model, prepared.tokens.vocabulary, outcome.classes, card)
 
 
@@ -156,15 +171,9 @@ def row_of(settings: Study, outcome: "Outcome") -> dict[str, Any]:
     best = outcome.history["epoch"] == outcome.best_epoch if len(outcome.history) else []
     row["validation_macro_f1"] = float(outcome.history.loc[best, "validation_macro_f1"].max()) if sum(best) else None
     if outcome.status == "ok":
-        probabilities = outcome.predictions[[f"probability:{name}" for name in outcome.classes]].to_numpy(float)
-        row |= scores.score(outcome.predictions["label"], probabilities, outcome.classes)
+        row |= scores.score(outcome.predictions["label"], outcome.probabilities, outcome.classes)
     row |= outcome.cost | {"key": run_key(settings)}
     return {name: None if value != value else value for name, value in row.items()}  # NaN is not JSON
-
-
-def _job_key(settings: Study) -> str:
-    """Return the key of a job without its seeds, by which a kept model is known to be of this very arm."""
-    return run_key(settings.at(seed=0, fold=0 if settings.folds else None))
 
 
 def _keep_best_model(settings: Study, folder: Path) -> None:

@@ -84,8 +84,7 @@ def build(settings: "Study", vocabulary: Vocabulary, classes: list[str], kind: t
     Raises
     ------
     UserError
-        The strategy is unknown; the checkpoint cannot be fetched; it has no BERT configuration, no weights, or weights
-        with other names or shapes than those of a ``BertForMaskedLM``.
+        The checkpoint cannot be fetched or read, or its weights are not those of a ``BertForMaskedLM``.
     """
     folder = fetch.checkpoint_dir(settings.checkpoint)
     config = read_config(folder)
@@ -110,20 +109,6 @@ def build(settings: "Study", vocabulary: Vocabulary, classes: list[str], kind: t
     return model
 
 
-def transfer_table(settings: "Study", vocabulary: Vocabulary) -> pd.DataFrame:
-    """Say what a run takes over from its checkpoint, in numbers: columns ``from the checkpoint`` and ``new``."""
-    folder = fetch.checkpoint_dir(settings.checkpoint)
-    genes, layers = vocabulary.genes["ensembl_id"], read_config(folder).num_hidden_layers
-    known = int(genes.isin(Vocabulary.read(folder).genes["ensembl_id"]).sum())
-    kept = strategies.plan_of(settings, layers).pretrained
-    table = pd.DataFrame(
-        {"from the checkpoint": [known * kept, layers * kept, 0]},
-        index=["gene embeddings", "encoder layers", "pooler and classifier"],
-    )
-    table["new"] = [len(genes), layers, 2] - table["from the checkpoint"]
-    return table
-
-
 def read_config(folder: Path) -> BertConfig:
     """Read the configuration of a checkpoint; UserError if there is none, or it is not that of a BERT."""
     path = folder / "config.json"
@@ -142,7 +127,7 @@ def read_config(folder: Path) -> BertConfig:
 
 
 def copy_weights(model: PreTrainedModel, folder: Path, vocabulary: Vocabulary, rows: int) -> None:
-    """Copy embeddings and encoder from the checkpoint, whose embedding has `rows` rows, into `model`."""
+    """Copy embeddings and encoder from the checkpoint, whose config.json says `rows` embeddings, into `model`."""
     path, stored = folder / "model.safetensors", read_weights(folder)
     own = {name: weight for name, weight in model.named_parameters() if name.startswith(BODY)}
     missing = [name for name in own if name not in stored]
@@ -203,12 +188,7 @@ class Cells(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self,
-        dataset: "datasets.Dataset",
-        pad: int,
-        *,
-        rows: np.ndarray | None = None,
-        labels: np.ndarray | None = None,
+        self, dataset: "datasets.Dataset", pad: int, *, rows: np.ndarray | None = None, labels: np.ndarray | None = None
     ) -> None:
         self.table = dataset.select_columns(["input_ids"]).with_format("arrow")
         self.rows = np.arange(len(dataset)) if rows is None else np.asarray(rows)
@@ -249,7 +229,6 @@ def predict(
     *,
     bf16: bool,
     forward: Callable[[Batch], torch.Tensor] | None = None,
-    batch_size: int = PREDICTION_BATCH,
 ) -> np.ndarray:
     """Predict cells without dropout, in batches of similar length.
 
@@ -257,8 +236,6 @@ def predict(
     ----------
     model
         On its device; it is left in evaluation mode.
-    bf16
-        Whether to compute under bf16 autocast.
     forward
         From a batch to (batch, columns); None gives the logits of a `CellClassifier`.
 
@@ -270,7 +247,7 @@ def predict(
     device = next(model.parameters()).device
     parts, places = [], []
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for chosen, batch in cells.sorted_batches(device, batch_size):
+        for chosen, batch in cells.sorted_batches(device):
             ids, mask = batch["input_ids"], batch["attention_mask"]
             values = forward(batch) if forward else model(ids, mask).logits
             parts.append(values.double().cpu().numpy())
@@ -287,7 +264,7 @@ class Fitted:
     classes: list[str]
     card: dict[str, Any]
 
-    def predict(self, dataset: "datasets.Dataset", batch_size: int = PREDICTION_BATCH) -> np.ndarray:
+    def predict(self, dataset: "datasets.Dataset") -> np.ndarray:
         """Return the probability of each class, (cells, classes).
 
         `dataset` has the columns input_ids and length, made with the model's vocabulary and ``card["max_length"]``.
@@ -296,7 +273,7 @@ class Fitted:
         device = hardware.device_of("auto")
         cells = Cells(dataset, self.vocabulary.specials["<pad>"])
         bf16 = self.card["bf16"] and hardware.uses_bf16(device, "auto")
-        logits = predict(self.model.to(device), cells, bf16=bf16, batch_size=batch_size)
+        logits = predict(self.model.to(device), cells, bf16=bf16)
         return losses.probabilities(torch.from_numpy(logits), self.card["loss"]).numpy()
 
 
@@ -313,6 +290,7 @@ def save(folder: Path, model: CellClassifier, vocabulary: Vocabulary, classes: l
     card |= {"loss": config.loss, "bf16": config.trained_in_bf16}
     card["versions"] = {"tuneformer": tuneformer.__version__, "torch": torch.__version__}
     card["versions"]["transformers"] = transformers.__version__
+    transformers.utils.logging.disable_progress_bar()  # one of a second, on stderr
     with atomic_path(folder) as partial:
         partial.mkdir()
         model.save_pretrained(partial)

@@ -116,10 +116,7 @@ STRATEGIES: dict[str, Callable[["Study", list[str]], Plan]] = {
 
 
 def plan_of(settings: "Study", n_layers: int) -> Plan:
-    """Return what the strategy of a run says about a model of so many encoder layers; UserError if it is unknown."""
-    if settings.strategy not in STRATEGIES:
-        msg = f"strategy: {settings.strategy} is no way to fine-tune; set it to one of {', '.join(STRATEGIES)}."
-        raise UserError(msg)
+    """Return what the strategy of a run says about a model of so many encoder layers."""
     return STRATEGIES[settings.strategy](settings, ["embeddings", *(f"layer_{n}" for n in range(n_layers))])
 
 
@@ -132,7 +129,7 @@ def prepare(settings: "Study", model: "nn.Module") -> Plan:
     Raises
     ------
     UserError
-        The strategy is unknown, freezes more layers than there are, or names a group without parameters.
+        The strategy freezes more layers than there are, or names a group without parameters.
     """
     plan = plan_of(settings, model.config.num_hidden_layers)
     if plan.adapters:
@@ -184,10 +181,9 @@ def optimizer_groups(settings: "Study", model: "nn.Module", plan: Plan) -> list[
 
 
 def schedule_table(plan: Plan, *, epochs: int, model: "nn.Module") -> "pd.DataFrame":
-    """Show which groups learn in which epoch, one row per group, beside the number of their ``parameters``.
+    """Show for each group its number of ``parameters`` and, in ``epoch 1`` and on, the factor on the learning rate.
 
-    The columns ``epoch 1`` and on have the factor on the learning rate, ``–`` where the group is frozen, and ``from
-    50%`` where it begins within the epoch.
+    ``–`` where the group is frozen, ``from 50%`` where it begins within the epoch.
     """
     import pandas as pd
 
@@ -217,10 +213,9 @@ def training_flops(model: "nn.Module", plan: Plan, *, n_tokens: int, n_pairs: in
         reached = reached or any(learns for *_, learns in in_part)
         if part.startswith("layer_"):
             flops += n_pairs * model.config.hidden_size * 4 * (1 + 2 * reached)
-            matrices = [
-                (weight, learns) for name, weight, learns in in_part if weight.ndim == 2 and "lora_" not in name
-            ]
-            flops += sum(n_tokens * weight.numel() * 2 * (1 + reached + learns) for weight, learns in matrices)
+            for name, weight, learns in in_part:
+                if weight.ndim == 2 and "lora_" not in name:
+                    flops += n_tokens * weight.numel() * 2 * (1 + reached + learns)
     return flops
 
 

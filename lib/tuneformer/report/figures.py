@@ -284,7 +284,7 @@ def confusion(table: pd.DataFrame, title: str) -> Figure:
     size = 2.6 + 0.75 * len(table)
     figure, ax = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
     ax.set_title(title)
-    if table.empty:
+    if not table.to_numpy().any():
         ax.text(0.5, 0.5, "no predictions", ha="center", va="center")
         return figure
     shares = table.div(table.sum(axis=1).replace(0, np.nan), axis=0)

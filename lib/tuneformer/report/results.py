@@ -19,9 +19,9 @@ import pandas as pd
 import yaml
 
 from tuneformer import paths
-from tuneformer.artifacts import UserError, atomic_path, read_json, stored_key, write_json, write_text
+from tuneformer.artifacts import UserError, atomic_path, read_json, write_json, write_text
 from tuneformer.evaluate import compare
-from tuneformer.evaluate.runs import run_key
+from tuneformer.evaluate.runs import finished_runs, history_of, predictions_of
 from tuneformer.report import readme
 from tuneformer.study import Study, TaskKeys, jobs, load_study
 
@@ -68,7 +68,7 @@ def collect(study: str) -> Results:
     if settings.kind != "cells":
         return read(study)
     asked = [run for job in jobs(study) for run in job.runs()]
-    finished = [run for run in asked if stored_key(paths.run_dir(run)) == run_key(run)]
+    finished = [run for job in jobs(study) for run in finished_runs(job)]
     if not finished:
         msg = (
             f"Study {study} has no finished run in {paths.shown(paths.RUNS / study)}; run `make report STUDY={study}`."
@@ -76,7 +76,8 @@ def collect(study: str) -> Results:
         raise UserError(msg)
     runs = pd.DataFrame([read_json(paths.run_dir(run) / "row.json") for run in finished])
     scored = [run for run, status in zip(finished, runs["status"], strict=True) if status == "ok"]
-    write(settings, runs, [_predictions(run) for run in scored], [_history(run) for run in finished])
+    history = [history_of(run).filter([*PLACE, *EPOCH]) for run in finished]
+    write(settings, runs, [predictions_of(run) for run in scored], history)
     print(f"{study}: {len(runs)} of {len(asked)} runs, {(runs['status'] != 'ok').sum()} failed")
     return read(study)
 
@@ -198,26 +199,10 @@ def _refuse_outdated(found: Results) -> None:
     if found.settings.kind == "cells" and len(found.runs) < len(asked):
         study = found.settings.study
         msg = (
-            f"{study}: {len(asked) - len(found.runs)} of {len(asked)} runs are missing, or were made of other inputs or "
-            f"by other code; run `.venv/bin/snakemake --cores all --config study={study} --forcerun job`."
+            f"{study}: {len(asked) - len(found.runs)} of {len(asked)} runs are missing, or were made of other inputs "
+            f"or by other code; run `.venv/bin/snakemake --cores all --config study={study} --forcerun job`."
         )
         raise UserError(msg)
-
-
-def _predictions(run: Study) -> pd.DataFrame:
-    """Read what a run predicted for its test cells."""
-    return pd.read_parquet(paths.run_dir(run) / "predictions.parquet").assign(**_place(run))
-
-
-def _history(run: Study) -> pd.DataFrame:
-    """Read the epochs of a run; one that failed at once has none."""
-    path = paths.run_dir(run) / "history.csv"
-    table = pd.read_csv(path) if path.stat().st_size > 1 else pd.DataFrame(columns=["epoch"])
-    return table[table.columns.intersection(EPOCH)].assign(**_place(run))
-
-
-def _place(run: Study) -> dict[str, Any]:
-    return {"task": run.task, "arm": run.arm, "seed": run.seed, "fold": run.fold}
 
 
 def _together(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:

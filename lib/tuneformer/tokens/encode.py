@@ -74,8 +74,6 @@ def encode(
 
     Parameters
     ----------
-    adata
-        Raw counts in ``X``; ``var["ensembl_id"]``.
     max_length
         Most tokens of a cell, special tokens included.
     columns
@@ -118,10 +116,7 @@ def task_vocabulary(settings: Study, cells: "AnnData") -> Vocabulary:
 def task_length(settings: Study) -> int:
     """Return the most tokens of a cell: ``max_length``, or the positions of the checkpoint where it is null.
 
-    Raises
-    ------
-    UserError
-        The checkpoint has no readable ``config.json``, or fewer positions than ``max_length``.
+    A checkpoint without a readable ``config.json``, or with fewer positions than ``max_length``, is a UserError.
     """
     config = fetch.checkpoint_dir(settings.checkpoint) / "config.json"
     try:
@@ -159,7 +154,7 @@ def single_cell_tokens(settings: Study, cells: "AnnData | None" = None) -> Token
         if settings.group_by:
             columns["group"] = cells.obs[settings.group_by]
         options = {"max_length": task_length(settings), "columns": columns}
-        if sources.is_tokenized(settings):
+        if paths.is_tokenized(settings):
             path = sources.source_path(settings)
             dataset = official.read_dataset(path, list(cells.obs_names), vocabulary, **options)
         else:
@@ -218,19 +213,10 @@ def refuse_unmapped(adata: "AnnData", vocabulary: Vocabulary) -> None:
         raise UserError(msg)
 
 
-def uncut_lengths(adata: "AnnData", vocabulary: Vocabulary) -> pd.Series:
-    """Return the number of tokens that each cell would have without a limit, special tokens included."""
-    codes = vocabulary.codes(adata)
-    n_genes = [np.diff(counts_by_gene(part, codes, len(vocabulary.genes)).indptr) for part in _chunks(adata)]
-    return pd.Series(np.concatenate(n_genes) + vocabulary.n_framing, index=adata.obs_names, name="tokens")
-
-
 def ranked_genes(adata: "AnnData", vocabulary: Vocabulary, *, cell: str, n: int = 8) -> pd.DataFrame:
     """Show why the first `n` genes of the tokens of one cell are the first.
 
-    Returns
-    -------
-    ``gene`` (symbol), ``count``, ``median``, ``count / median``, ``token_id``, in the order of the tokens.
+    Columns: ``gene`` (symbol), ``count``, ``median``, ``count / median``, ``token_id``, in the order of the tokens.
     """
     one = adata[[cell]]
     codes = vocabulary.codes(adata)

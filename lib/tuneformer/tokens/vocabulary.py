@@ -66,10 +66,6 @@ class Vocabulary:
             )
             raise UserError(msg)
 
-    def __len__(self) -> int:
-        """Return the number of tokens, special ones included."""
-        return len(self.genes) + len(self.specials)
-
     @property
     def size(self) -> int:
         """Rows that an embedding of these tokens needs: the largest token plus one."""
@@ -207,14 +203,7 @@ def gene_ids(adata: "AnnData") -> pd.Index:
 def counts_by_gene(adata: "AnnData", codes: np.ndarray, n_genes: int) -> sparse.csr_matrix:
     """Sum the raw counts of the genes that share a code (genes of `adata`,); -1 leaves a gene out.
 
-    Returns
-    -------
-    Counts as float64 without stored zeros, (cells, `n_genes`).
-
-    Raises
-    ------
-    UserError
-        A count is negative or not finite.
+    Returns (cells, `n_genes`), float64 without stored zeros; a negative or not finite count is a UserError.
     """
     counts = sparse.csr_matrix(adata.X, dtype=np.float64)
     if counts.nnz and not (np.isfinite(counts.data).all() and counts.data.min() >= 0):
@@ -230,17 +219,9 @@ def nonzero_medians(adata: "AnnData", *, names: pd.Index | None = None) -> pd.Se
     """Take the median of count / n_counts x 10,000 over the cells in which a gene has a count, without a dense copy.
 
     The total of a cell is ``obs["n_counts"]``, or else the sum of ``X``. `names` are the names of the genes, if not
-    ``var["ensembl_id"]``; counts of genes with the same name are summed. Source: Theodoris et al. 2023
+    ``var["ensembl_id"]``; counts of genes with the same name are summed. Genes without a count are left out; a cell
+    without one, or a negative or missing value, is a UserError. Source: Theodoris et al. 2023
     (doi:10.1038/s41586-023-06139-9), Methods, "Rank value encoding".
-
-    Returns
-    -------
-    Median by gene, in the order of `adata`; genes without a count are left out.
-
-    Raises
-    ------
-    UserError
-        A cell has no count, or a value of ``X`` is negative or not finite.
     """
     codes, genes = pd.factorize(gene_ids(adata) if names is None else names)
     counts = counts_by_gene(adata, codes, len(genes))
@@ -256,13 +237,7 @@ def nonzero_medians(adata: "AnnData", *, names: pd.Index | None = None) -> pd.Se
 
 
 def read_dictionary(path: Path) -> dict[str, Any]:
-    """Read a pickled dictionary of text to text or number, without running anything the file may contain.
-
-    Raises
-    ------
-    UserError
-        The file has anything else, or is damaged.
-    """
+    """Read a pickled dictionary of text to text or number, running nothing; anything else is a UserError."""
     content = read_pickle(path)
     plain = (str, int, float, np.integer, np.floating)
     is_table = isinstance(content, dict) and all(

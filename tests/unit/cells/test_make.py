@@ -6,7 +6,7 @@ import pytest
 
 from tuneformer.artifacts import UserError
 from tuneformer.cells import make
-from tuneformer.cells.pseudobulk import member_names, strata
+from tuneformer.cells.pseudobulk import SEPARATOR, strata
 from tuneformer.data import qc
 from tuneformer.evaluate import leakage
 from tuneformer.model import fit
@@ -41,9 +41,13 @@ def part(cells, *names):
     return cells[cells.obs["split"].isin(names).to_numpy()]
 
 
+def member_names(cells):
+    return [names.split(SEPARATOR) for names in cells.obs["member_names"]]
+
+
 def members(cells):
-    names = member_names(cells) if "member_names" in cells.obs else [[name] for name in cells.obs_names]
-    return {name for own in names for name in own}
+    names = cells.obs.get("member_names", cells.obs_names)
+    return set(SEPARATOR.join(names).split(SEPARATOR)) - {""}
 
 
 @pytest.mark.parametrize("name", [*SINGLE, *MADE])
@@ -202,7 +206,8 @@ def test_capped_lists_are_as_long_as_those_of_single_cells(demo_cells, made_sett
     monkeypatch.setattr(encode, "task_length", lambda _: 2000)  # longer than any list, as in a real checkpoint
     prepared = make.prepare(made_settings(**{**POINTS, "k": 25}, token_length="single_cell"))
     table = prepared.tokens.dataset.remove_columns("input_ids").to_pandas()
-    lengths = encode.uncut_lengths(part(demo_cells, "train"), prepared.tokens.vocabulary)
+    vocabulary = prepared.tokens.vocabulary
+    lengths = pd.Series(encode.encode(part(demo_cells, "train"), vocabulary, max_length=vocabulary.size)["length"][:])
     cut = table.loc[table["split"] != "test", "length"]
     assert cut.max() == int(lengths.median())
     assert (cut == cut.max()).mean() > 0.8  # a small stratum is one point of few cells, which may have a shorter list

@@ -327,7 +327,6 @@ def test_with_a_reference_one_cell_of_a_stratum_is_enough(treated):
     ("change", "sentence"),
     [
         ({"numbers": 0}, r"No synthetic cell is asked for; ask for 1 or more in some stratum\."),
-        ({"numbers": {"A": 2, "D": 3}}, r"Stratum 'D' has no cells, .*; strata with cells: A, B, C\."),
         (
             {"reference": np.zeros(40, dtype=bool)},
             "nb takes variances from 2 cells or more, and the untreated class has 0",

@@ -203,3 +203,5 @@ def test_simulated_samples_are_those_of_the_task(monkeypatch):
     assert list(samples.obs_names) == [f"bulk_{name}" for name in asked.index]
     np.testing.assert_array_equal(samples.X.toarray(), counts[asked.index].to_numpy().T)
     assert samples.obs["dose"].tolist() == asked["dose"].tolist()
+    with pytest.raises(UserError, match="demo means simulated samples, but dataset is pbmc68k"):
+        bulk.load_bulk(settings.model_copy(update={"dataset": "pbmc68k"}), cells)

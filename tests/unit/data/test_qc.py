@@ -54,27 +54,12 @@ def test_each_rule_flags_its_cells(cells, settings):
     }
 
 
-def test_the_table_counts_each_rule_and_what_only_it_drops(cells, settings):
-    table = qc.qc_table(qc.qc_flags(cells, settings), settings)
-    assert table["number"].to_dict() == {
-        "fails label": 1,
-        "fails min_counts": 2,
-        "fails max_counts": 1,
-        "fails max_mito_share": 3,
-        "kept": 1,
-        "all": 6,
-    }
-    assert table["by this rule alone"].tolist() == [1, 0, 1, 1, "", ""]
-    assert table["limit"].tolist() == ["known", "10", "100", "0.5", "", ""]
-
-
 def test_limits_are_inclusive_and_can_be_off(cells):
     settings = load_study("tiny", dose_column=None, min_counts=9, max_counts=101, max_mito_share=0.8)
     flags = qc.qc_flags(cells, settings)
     assert list(flags.index[flags["min_counts"] | flags["max_counts"] | flags["max_mito_share"]]) == ["c4"]
     unlimited = load_study("tiny", dose_column=None, max_counts=None)
     assert not qc.qc_flags(cells, unlimited)["max_counts"].any()
-    assert qc.qc_table(flags, unlimited).loc["fails max_counts", "limit"] == "none"
 
 
 def test_a_group_or_selection_that_is_missing_counts_as_no_label(cells):
@@ -132,20 +117,6 @@ def test_numbers_can_be_classes(cells):
     cells.obs["cluster"] = [0, 1, 1, 2, 0, 2]
     settings = load_study("tiny", label="cluster", classes=["2", "0"])
     assert qc.select_task_cells(cells, settings).obs["label"].tolist() == ["0", "2", "0", "2"]
-
-
-def test_tables_count_classes_and_doses():
-    adata = simulate.simulate_sciplex2(600, seed=0)
-    adata = adata[adata.obs["treatment"].notna()].copy()
-    selected = qc.select_task_cells(adata, load_study("tiny"))
-    table = qc.class_table(selected)
-    assert list(table.columns) == ["0", "0.1", "0.5", "1", "5", "10", "50", "100", "all"]
-    assert table.loc["Untreated", "0"] == table.loc["Untreated", "all"] == (selected.obs["dose"] == 0).sum()
-    assert table.loc["all", "all"] == selected.n_obs
-    del selected.obs["dose"]
-    assert qc.class_table(selected)["cells"].to_dict() == table["all"].to_dict()
-    selected.obs["dose"] = "low"
-    assert list(qc.class_table(selected).columns) == ["cells"]
 
 
 @pytest.fixture

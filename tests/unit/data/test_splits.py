@@ -7,7 +7,7 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from tuneformer.artifacts import UserError
-from tuneformer.data.splits import PARTS, assign_fold, assign_split, split_key, split_table
+from tuneformer.data.splits import PARTS, assign_fold, assign_split, split_key
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -152,13 +152,6 @@ def test_missing_names_classes_and_groups_are_refused():
         assign_split(pd.Series(["a", None, "a"]), **shares)
     with pytest.raises(UserError, match="2 cells have no group in 'well'"):
         assign_split(pd.Series(["a"] * 4), **shares, groups=pd.Series(["A", None, None, "B"], name="well"))
-
-
-def test_the_table_adds_up():
-    labels = pd.Series(["a"] * 10 + ["b"] * 20)
-    table = split_table(labels, assign_split(labels, test_share=0.1, validation_share=1 / 9, seed=0))
-    assert table.loc["a"].tolist() == [8, 1, 1, 10]
-    assert table.loc["all"].tolist() == [24, 3, 3, 30]
 
 
 def all_folds(labels, folds, **options):

@@ -62,13 +62,6 @@ def test_embeddings_are_copied_by_gene_and_new_genes_start_anew(run_settings, to
     assert torch.equal(own[2], stored[theirs["token_id"][4]])
     assert torch.equal(own[:2], stored[:2])
     assert not torch.isin(own[99], stored).any()
-    table = classifier.transfer_table(run_settings(), vocabulary)
-    assert table.loc["gene embeddings"].tolist() == [1, 1]
-    assert table.loc["encoder layers"].tolist() == [2, 0]
-    assert table.loc["pooler and classifier"].tolist() == [0, 2]
-    control = classifier.transfer_table(run_settings(strategy="random_init"), vocabulary)
-    assert control["from the checkpoint"].sum() == 0
-    assert control["new"].tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
@@ -162,8 +155,8 @@ def test_predictions_are_in_the_order_of_the_cells_and_batches_of_similar_length
         sizes.append(tuple(batch["input_ids"].shape))
         return model(**batch).logits
 
-    logits = classifier.predict(model, cells, bf16=False, forward=forward, batch_size=10)
-    assert [n for n, _ in sizes] == [10] * 7 + [2]
+    logits = classifier.predict(model, cells, bf16=False, forward=forward)
+    assert [n for n, _ in sizes] == [64, 8]
     assert [length for _, length in sizes] == sorted(length for _, length in sizes)
     with torch.inference_mode():
         for place in (0, 17, 71):
@@ -178,15 +171,15 @@ def test_predictions_are_in_the_order_of_the_cells_and_batches_of_similar_length
         {"strategy": "selective", "precision": "bf16", "max_length": 20},
     ],
 )
-def test_a_saved_model_predicts_what_it_predicted_before(run_settings, tokens, tmp_path, changes):
+def test_a_saved_model_predicts_what_it_predicted_before(run_settings, tokens, tmp_path, changes, capsys):
     outcome = fit.fit_cells(run_settings(**changes), tokens)
     card = {"study": "tiny", "arm": "mine", "seed": 0}
     classifier.save(tmp_path / "model", outcome.model, tokens.vocabulary, outcome.classes, card)
+    assert "Writing" not in capsys.readouterr().err  # a progress bar of transformers
     fitted = classifier.load(tmp_path / "model")
     test = tokens.dataset.filter(lambda split: split == "test", input_columns="split")
-    np.testing.assert_allclose(
-        fitted.predict(test, batch_size=5), outcome.probabilities, atol=1e-6 if "precision" not in changes else 5e-3
-    )
+    tolerance = 1e-6 if "precision" not in changes else 5e-3
+    np.testing.assert_allclose(fitted.predict(test), outcome.probabilities, atol=tolerance)
     assert fitted.classes == ["a", "b"]
     assert fitted.vocabulary.hash == tokens.vocabulary.hash
     card |= {"max_length": changes.get("max_length", 24), "pooling": changes.get("pooling", "first")}

@@ -176,8 +176,3 @@ def test_a_class_without_training_cells_cannot_be_weighed(name):
     with pytest.raises(UserError, match=r"^Class number 1 of 3 has no training cell.*loss: cross_entropy\.$"):
         make(name, counts=np.array([5, 0, 2]), alpha="balanced")
     make("cross_entropy", counts=np.array([5, 0, 2]))
-
-
-def test_an_unknown_loss_is_refused():
-    with pytest.raises(UserError, match="loss: hinge is unknown"):
-        make("hinge")

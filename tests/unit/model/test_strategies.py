@@ -100,14 +100,6 @@ def test_training_begins_with_the_checkpoint_except_in_the_control(
     assert set(same.values()) == {strategy != "random_init"}
 
 
-def test_an_unknown_strategy_is_refused(run_settings, tokens, planned):
-    with pytest.raises(UserError, match=r"knn_pca is no way to fine-tune; set it to one of full, linear_probe"):
-        planned(strategy="knn_pca")
-    model = classifier.build(run_settings(), tokens.vocabulary, tokens.classes)
-    with pytest.raises(UserError, match="strategy: fulll is no way"):
-        strategies.prepare(run_settings(strategy="fulll"), model)
-
-
 @pytest.mark.parametrize("plan", [Plan(groups={"norms": "LayerNormal"}), Plan(starts={"layer_7": 0.5})])
 def test_a_strategy_that_names_a_group_without_parameters_is_refused(plan, planned, monkeypatch):
     monkeypatch.setitem(STRATEGIES, "typo", lambda settings, body: plan)

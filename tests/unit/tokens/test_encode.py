@@ -17,7 +17,7 @@ from tuneformer.artifacts import UserError
 from tuneformer.data import qc, simulate
 from tuneformer.study import load_study
 from tuneformer.tokens import encode
-from tuneformer.tokens.encode import ranked_genes, refuse_unmapped, single_cell_tokens, task_length, uncut_lengths
+from tuneformer.tokens.encode import ranked_genes, refuse_unmapped, single_cell_tokens, task_length
 from tuneformer.tokens.vocabulary import SPECIALS_V1, Vocabulary, counts_by_gene, nonzero_medians
 
 SPECIALS_V2 = {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3}
@@ -197,7 +197,6 @@ def test_however_counts_are_stored_the_tokens_are_the_same(small, tmp_path, monk
         cells.write_h5ad(tmp_path / "cells.h5ad")
         cells = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     assert encode.encode(cells, vocabulary, **options).to_dict() == expected
-    assert uncut_lengths(cells, vocabulary).tolist() == [13, 4, 4, 4, 4, 4]
     rows = np.array([4, 0, 2])
     some = {"max_length": 5, "columns": {"label": cells.obs["label"].iloc[rows]}}
     assert encode.encode(cells[rows], vocabulary, **some)["input_ids"][:] == [
@@ -283,7 +282,7 @@ def test_what_is_no_count_is_refused(bad):
 def test_cells_that_are_tokens_already_are_refused():
     cells = make_cells(np.ones((3, 12)))[:, :0]
     with pytest.raises(UserError, match=r"are tokens already, .* go on with 05_finetune_strategies"):
-        uncut_lengths(cells, make_vocabulary({"GENE0": 1.0}))
+        encoded(cells, make_vocabulary({"GENE0": 1.0}), 5)
 
 
 def test_cells_of_which_half_the_detected_genes_are_unknown_are_refused():

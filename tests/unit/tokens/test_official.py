@@ -9,7 +9,7 @@ import pytest
 
 from tuneformer import paths
 from tuneformer.artifacts import UserError
-from tuneformer.data import fetch, qc, sources
+from tuneformer.data import fetch, qc
 from tuneformer.study import load_study
 from tuneformer.tokens import export, official
 from tuneformer.tokens.encode import single_cell_tokens
@@ -71,7 +71,7 @@ def study(path, **changes):
 
 def test_a_task_on_such_cells_keeps_their_tokens_and_splits_by_individual(folder, hearts):
     settings = study(folder(hearts), group_by="individual", select_column="cell_type", select_values=["Cardiomyocyte1"])
-    assert sources.is_tokenized(settings)
+    assert paths.is_tokenized(settings)
     cells, tokens = qc.prepare_cells(settings), single_cell_tokens(settings)
     assert cells.shape == (240, 0)
     assert cells.obs.groupby("individual", observed=True)["split"].nunique().max() == 1
