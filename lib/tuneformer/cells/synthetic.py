@@ -90,10 +90,9 @@ Draw = Callable[[np.ndarray, int, np.random.Generator], sparse.csr_matrix]
 def bulk_points(cells: ad.AnnData, strata: pd.Series) -> ad.AnnData:
     """Make one bulk point of each stratum: the mean count of each gene over its cells.
 
-    Returns
-    -------
-    AnnData (strata that have cells, genes): CSR float64 ``X``; ``var`` of `cells`; ``obs``, named by stratum: label,
-    dose and any other column with one value in each stratum, stratum, n_counts (sum of the means), members (cells).
+    Returns AnnData (strata that have cells, genes): CSR float64 ``X``; ``var`` of `cells`; ``obs``, named by stratum:
+    label, dose and any other column with one value in each stratum, stratum, n_counts (sum of the means), members
+    (cells).
     """
     codes = pd.Categorical(strata).remove_unused_categories()
     names, first, members = codes.categories, *np.unique(codes.codes, return_index=True, return_counts=True)[1:]

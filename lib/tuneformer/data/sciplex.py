@@ -207,9 +207,9 @@ def _is_asked(obs: pd.DataFrame, settings: Study) -> np.ndarray:
     if settings.classes:
         asked &= obs[settings.label].astype(str).isin(settings.classes)
     if settings.select_column is not None:
-        values = obs[settings.select_column].astype(str)  # as qc.select_task_cells compares them
-        require_values("select_values", settings.select_values, settings.select_column, values)
-        asked &= values.isin(settings.select_values)
+        values = obs[settings.select_column]
+        require_values("select_values", settings.select_values, settings.select_column, values.dropna().astype(str))
+        asked &= values.astype(str).isin(settings.select_values)  # as qc.select_task_cells compares them
     if not asked.any():
         msg = f"classes: no selected cell has one of them in {settings.label!r}; change classes or select_values."
         raise UserError(msg)

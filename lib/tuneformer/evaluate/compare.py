@@ -263,13 +263,6 @@ def permutation_p(observed: float, permuted: Iterable[float]) -> float:
     return float((1 + (permuted >= observed).sum()) / (1 + len(permuted)))
 
 
-def off_reference(settings: Study, runs: pd.DataFrame) -> dict[str, float]:
-    """Return the mean macro-F1 of each arm that is farther than ``expected_tolerance`` from its reference."""
-    means = runs.groupby("arm")["macro_f1"].mean().dropna()
-    expected, tolerance = settings.expected_macro_f1, settings.expected_tolerance
-    return {arm: mean for arm, mean in means.items() if arm in expected and abs(mean - expected[arm]) > tolerance}
-
-
 def score_name(score: str) -> str:
     """Return a score as sentences name it."""
     return NAMES.get(score) or score.replace(":", " of ").replace("_", " ")

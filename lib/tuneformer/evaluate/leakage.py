@@ -57,12 +57,9 @@ def refuse_leaks(prepared: "Prepared", settings: Study) -> None:
 
 
 def refuse_unfair(outcome: "Outcome", prepared: "Prepared", settings: Study) -> None:
-    """Check what a run left: every test cell is predicted once, and validation cells alone chose the model.
+    """Check what a run left, unless it failed: each test cell is predicted once, validation alone chose the model.
 
-    Raises
-    ------
-    UserError
-        A check fails. A run that failed has nothing to check.
+    UserError if a check fails.
     """
     if outcome.status == "ok":
         table = prepared.tokens.dataset.select_columns(["cell", "label", "split"]).to_pandas()
@@ -126,9 +123,8 @@ def _of_values(table: pd.DataFrame, prepared: "Prepared") -> Faults:
         counts = prepared.cells.X.tocsr().sorted_indices()
         bounds, parts, what = counts.indptr, (counts.indices, counts.data), "counts"
     else:
-        ids = (
-            prepared.tokens.dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"].combine_chunks()
-        )
+        lists = prepared.tokens.dataset.select_columns(["input_ids"]).with_format("arrow")[:]
+        ids = lists["input_ids"].combine_chunks()
         bounds, parts, what = ids.offsets.to_numpy(), (ids.values.to_numpy(),), "tokens"
     rows = np.array([b"".join(part[start:end].tobytes() for part in parts) for start, end in pairwise(bounds)], object)
     is_test, is_long = (table["split"] == "test").to_numpy(), np.diff(bounds) > FEW_VALUES

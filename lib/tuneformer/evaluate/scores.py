@@ -154,35 +154,6 @@ def confusion(predictions: pd.DataFrame, classes: Sequence[str] | None = None) -
     return table.rename_axis(index="label", columns="predicted").astype(int)
 
 
-def recall_by_class(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return the recall of each class under each arm, the largest class first, with its interval over test cells.
-
-    Parameters
-    ----------
-    predictions
-        Rows of ``predictions.parquet``. With folds every cell is tested once per seed, so the folds are pooled.
-
-    Returns
-    -------
-    ``task``, ``arm``, ``label``, ``cells`` (distinct test cells), ``recall`` (mean over seeds), and ``low`` and
-    ``high``, the 95 % interval of Wilson 1927 for so many cells: more seeds do not make it narrower. It does not know
-    that cells of one donor are alike.
-    """
-    from statsmodels.stats.proportion import proportion_confint
-
-    names = ["task", "arm", "label", "predicted", "cell"]
-    rows = predictions[names].astype(str)
-    rows = rows.assign(recall=rows["label"] == rows["predicted"])
-    keys = ["task", "arm", "label"]
-    table = rows.groupby(keys, sort=False).agg(cells=("cell", "nunique"), recall=("recall", "mean")).reset_index()
-    right = table["recall"] * table["cells"]
-    table["low"], table["high"] = proportion_confint(right, table["cells"], method="wilson")
-    place = {key: number for number, key in enumerate(dict.fromkeys(zip(table["task"], table["arm"], strict=True)))}
-    table["place"] = [place[key] for key in zip(table["task"], table["arm"], strict=True)]
-    table = table.sort_values(["place", "cells", "label"], ascending=[True, False, True], ignore_index=True)
-    return table.drop(columns="place")
-
-
 def _of_probabilities(true: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> dict[str, float]:
     """Return the scores that depend on the probabilities, not only on the most probable class."""
     from sklearn.metrics import average_precision_score, log_loss, roc_auc_score

@@ -64,10 +64,8 @@ class Baseline(NamedTuple):
 def fit(settings: Study, prepared: "Prepared") -> fitting.Outcome:
     """Fit the baseline of a run, and predict its test cells once. The same settings give the same numbers.
 
-    Returns
-    -------
-    The outcome. ``history`` has one row per point of the grid, with its parameters; ``epoch`` is its number. Losses are
-    in nats per cell; in the ``train_loss`` of ``knn_pca`` a cell is one of its own neighbours. In the cost,
+    ``history`` has one row per point of the grid, with its parameters; ``epoch`` is its number. Losses are in nats per
+    cell; in the ``train_loss`` of ``knn_pca`` a cell is one of its own neighbours. In the cost,
     ``trainable_parameters`` are the fitted coefficients of the chosen point.
 
     Raises
@@ -216,9 +214,7 @@ def _logistic() -> LogisticRegression:
 BASELINES = {
     "majority": Baseline(no_features, lambda *_: DummyClassifier(strategy="prior"), {}),
     "logistic_counts": Baseline(
-        variable_genes,
-        lambda *_: make_pipeline(StandardScaler(), _logistic()),
-        {"logisticregression__C": STRENGTHS},
+        variable_genes, lambda *_: make_pipeline(StandardScaler(), _logistic()), {"logisticregression__C": STRENGTHS}
     ),
     "logistic_ranks": Baseline(rank_features, lambda *_: _logistic(), {"C": STRENGTHS}),
     "knn_pca": Baseline(

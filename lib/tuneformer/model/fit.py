@@ -59,20 +59,12 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
     macro-F1 (of several the first). On a CPU a run gives the same numbers each time; strategies with the same seed see
     the same cells in the same order, and start from the same head.
 
-    Parameters
-    ----------
-    tokens
-        Exactly the cells of the run, from `tuneformer.cells.make.prepare`.
-
-    Returns
-    -------
-    The outcome. A run that diverges or lacks memory does not raise, but returns with another status than ``ok``.
+    `tokens` are exactly the cells of the run. A run that diverges or lacks memory returns, with a status that says so.
 
     Raises
     ------
     UserError
-        A class has no cells to train, validate or test on; or the checkpoint, the device or the strategy cannot be
-        used.
+        A class lacks cells in a part, or the checkpoint, the device or the strategy cannot be used.
     """
     rows, classes = rows_of_splits(settings, tokens), list(tokens.classes)
     labels = pd.Categorical(tokens.dataset.select_columns(["label"]).to_pandas()["label"], classes).codes

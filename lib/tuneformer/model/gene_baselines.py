@@ -141,8 +141,9 @@ def chance_aucs(predictions: pd.DataFrame, positive: str) -> np.ndarray:
     The classes of the test genes are permuted within each fold, the same for all seeds, and the scores stay. This alone
     is too narrow: a gene that is tested in one fold is learnt from in the others, so that the folds err together.
     Deviations are therefore widened by sqrt(1 + J n_test / n_train) for J folds, as Nadeau and Bengio (2003, Machine
-    Learning 52:239) widen the error of a mean over folds. What it covers: which test genes have which class, and in
-    this approximation that other training genes would have given other models; not that other genes could be listed.
+    Learning 52:239) widen the error of a mean over folds: with nothing to find, 3 to 4 % of logistic regressions then
+    have p < .05, and 9 to 11 % without it. What it covers: which test genes have which class and, in this
+    approximation, that other training genes would have given other models; not that other genes could be listed.
 
     Parameters
     ----------

@@ -33,10 +33,7 @@ def device_of(asked: str) -> torch.device:
 def uses_bf16(device: torch.device, precision: str) -> bool:
     """Return whether to compute under bf16 autocast: as asked for, or with ``auto`` where the hardware does natively.
 
-    Raises
-    ------
-    UserError
-        ``bf16`` on a GPU that cannot compute it.
+    UserError for ``bf16`` on a GPU that cannot compute it.
     """
     if device.type == "cuda":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)

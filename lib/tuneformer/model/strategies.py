@@ -116,7 +116,10 @@ STRATEGIES: dict[str, Callable[["Study", list[str]], Plan]] = {
 
 
 def plan_of(settings: "Study", n_layers: int) -> Plan:
-    """Return what the strategy of a run says about a model of so many encoder layers."""
+    """Return what the strategy of a run says about a model of so many encoder layers; UserError if it is unknown."""
+    if settings.strategy not in STRATEGIES:
+        msg = f"strategy: {settings.strategy} is no way to fine-tune; set it to one of {', '.join(STRATEGIES)}."
+        raise UserError(msg)
     return STRATEGIES[settings.strategy](settings, ["embeddings", *(f"layer_{n}" for n in range(n_layers))])
 
 

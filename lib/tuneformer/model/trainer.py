@@ -176,9 +176,6 @@ def train(
 
     Parameters
     ----------
-    settings
-        ``learning_rate``, ``weight_decay``, ``batch_size``, ``warmup_steps``, ``warmup_cap``, ``early_stop``, ``seed``,
-        ``device`` and ``precision`` are read (for pre-training: a ``model_copy`` with these replaced).
     data, collate
         Training cells: ``data.__getitems__(places)`` gives what `collate` makes a batch of. `Cells` gives ready ones.
     log
@@ -194,7 +191,8 @@ def train(
     sampler
         Order of the cells; None shuffles them in each pass.
     folder
-        Where the state is kept ten times on the way, and from where an interrupted training goes on.
+        Where the state is kept ten times on the way, and from where an interrupted training goes on (with its last
+        weights: the best ones are not kept there).
 
     Raises
     ------

@@ -58,11 +58,8 @@ def titled(text: str, *, simulated: bool) -> str:
 def save(figure: Figure, settings: Study, name: str, data: pd.DataFrame | None = None) -> list[str]:
     """Write a figure of a study as png and pdf and, if given, the table it was drawn from as csv.
 
-    Each file is written whole or not at all and carries no date, so that the same numbers give the same bytes.
-
-    Returns
-    -------
-    The files, as messages show them.
+    Each file is written whole or not at all and carries no date, so that the same numbers give the same bytes. Returns
+    the files, as messages show them.
     """
     stem = paths.RUNS / settings.study / "figures" / name
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
@@ -78,18 +75,13 @@ def save(figure: Figure, settings: Study, name: str, data: pd.DataFrame | None =
 # --- the results of a study (06) ---
 
 
-def arm_scores(results: "Results", *, tasks: list[str] | None = None, reference: float | None = None) -> Figure:
+def arm_scores(results: "Results") -> Figure:
     """Draw every run of every arm, with mean and interval as the answer has them, one panel per task.
 
     A filled diamond: a declared contrast calls this arm higher or lower than its reference.
-
-    Parameters
-    ----------
-    reference
-        A score to compare with, such as that of the best possible classifier: a dashed line.
     """
     answer = results.answer
-    asked = [task for task in answer["tasks"] if tasks is None or task["task"] in tasks]
+    asked = answer["tasks"]
     order = list(dict.fromkeys(arm["arm"] for task in asked for arm in task["arms"]))
     figure, axes = _panels(len(asked), 0.8 + 0.3 * len(order), names=order, legend=list(KINDS))
     for ax, task in zip(axes, asked, strict=True):
@@ -106,8 +98,6 @@ def arm_scores(results: "Results", *, tasks: list[str] | None = None, reference:
                 face = {} if is_clear else {"markerfacecolor": "white"}
                 points = {"markers": "D", "markersize": 7, "linestyle": "none", "err_kws": {"linewidth": 2.2}, **BARS}
                 sns.pointplot(bars, x="value", y="arm", hue=bars["arm"].map(kinds), **points, **face, **look)
-        if reference is not None:
-            ax.axvline(reference, color="black", linestyle="--", linewidth=1.2)
         ax.set(xlabel=score_name(answer["score"]), ylabel="", title=task["task"])
     shown = [kind for kind in KINDS if kind in {*kinds.values()}]
     handles = [Line2D([], [], color=KINDS[kind], marker="D", linewidth=2.2, label=kind) for kind in shown]
@@ -141,9 +131,8 @@ def contrast_differences(results: "Results") -> Figure:
         ax.set(xlabel=f"Difference in {score_name(answer['score'])}", ylabel="", title=task)
         ax.set_yticks(range(len(order)), order)
         ax.set_ylim(len(order) - 0.5, -0.5)
-    handles = [
-        Line2D([], [], color=looks[name], marker="o", label=name) for name in looks if name in set(rows["verdict"])
-    ]
+    found = [name for name in looks if name in set(rows["verdict"])]
+    handles = [Line2D([], [], color=looks[name], marker="o", label=name) for name in found]
     _head(figure, "The declared contrasts", results, handles=handles)
     _foot(figure, f"Lines: 95 % interval. Grey band: within {answer['margin']:g}, which counts as the same.")
     return figure
@@ -201,8 +190,9 @@ def by_columns(results: "Results") -> Figure:
 def class_recalls(results: "Results", task: str) -> Figure:
     """Draw the recall of each class (columns, with their test cells) under each arm (rows, best first)."""
     of_task = next(one for one in results.answer["tasks"] if one["task"] == task)
-    predictions = results.predictions[results.predictions["task"] == task]
-    table = scores.recall_by_class(predictions).pivot(index="arm", columns="label", values="recall")
+    predictions = results.predictions[results.predictions["task"] == task].astype({"label": str, "predicted": str})
+    predictions["recall"] = (predictions["label"] == predictions["predicted"]).astype(float)
+    table = predictions.astype({"arm": str}).pivot_table(index="arm", columns="label", values="recall")
     cells = of_task["test_cells"]
     table = table.reindex(index=[arm["arm"] for arm in of_task["arms"] if arm["arm"] in table.index], columns=[*cells])
     few = {name for name, number in cells.items() if number < FEW_CELLS}
@@ -274,13 +264,7 @@ def training_curves(history: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 def confusion(table: pd.DataFrame, title: str) -> Figure:
-    """Draw what became of the cells of each class; a row sums to one.
-
-    Parameters
-    ----------
-    table
-        Cells, (true classes, predicted classes), as `tuneformer.evaluate.scores.confusion` counts them.
-    """
+    """Draw what became of the cells of each class; a row of `table`, from `scores.confusion`, sums to one."""
     size = 2.6 + 0.75 * len(table)
     figure, ax = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
     ax.set_title(title)
@@ -298,19 +282,15 @@ def confusion(table: pd.DataFrame, title: str) -> Figure:
 def confidence_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
     """Draw whether a model is as often right as it is sure, and how right it is where it is surest.
 
-    Parameters
-    ----------
-    predictions
-        Columns label and ``probability:<class>``; of several runs, all together. Empty for a run that failed.
+    `predictions`: label and ``probability:<class>``, of several runs all together; no rows if all of them failed.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     left.plot([0, 1], [0, 1], color=CONTROL, linestyle="--", linewidth=1.2, label="as sure as right")
     if len(predictions):
         shares = predictions.filter(regex="^probability:")
         given = (predictions["label"], shares.to_numpy(), list(shares.columns.str.removeprefix("probability:")))
-        sns.lineplot(
-            scores.reliability_curve(*given), x="confidence", y="accuracy", marker="o", label="this arm", ax=left
-        )
+        bins = scores.reliability_curve(*given)
+        sns.lineplot(bins, x="confidence", y="accuracy", marker="o", label="this arm", ax=left)
         sns.lineplot(scores.coverage_curve(*given), x="coverage", y="accuracy", errorbar=None, ax=right)
     left.set(xlabel="Confidence (highest probability)", ylabel="Share predicted right", xlim=(0, 1), ylim=(0, 1.02))
     right.set(xlabel="Share of the cells predicted, the surest first", xlim=(0, 1))

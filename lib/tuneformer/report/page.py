@@ -90,16 +90,17 @@ def build(studies: Sequence[str]) -> Path:
             first=sections[0],
             others=sections[1:],
             problems=problems,
-            strategies={name: _first_line(strategy) for name, strategy in STRATEGIES.items()},
+            strategies={name: one.__doc__.splitlines()[0].replace("``", "") for name, one in STRATEGIES.items()},
             baselines=BASELINES,
             version=tuneformer.__version__,
         )
         (site / "index.html").write_text(text, encoding="utf-8")
         style = (paths.ASSETS / "page" / "style.css").read_text(encoding="utf-8")
         light, dark = (
-            HtmlFormatter(style=name, nobackground=True).get_style_defs for name in ("default", "github-dark")
+            HtmlFormatter(style=name, nobackground=True).get_style_defs(".highlight")
+            for name in ("default", "github-dark")
         )
-        colors = f"{light('.highlight')}\n@media (prefers-color-scheme: dark) {{\n{dark('.highlight')}\n}}\n"
+        colors = f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
         (site / "style.css").write_text(f"{style}\n{colors}", encoding="utf-8")
     return paths.SITE / "index.html"
 
@@ -127,14 +128,8 @@ class _Converter:
 
     def __init__(self, pages: Environment) -> None:
         self.page = pages.get_template("notebook.html.j2")
-        self.exporter = HTMLExporter(
-            template_name="basic",
-            mathjax_url="",
-            require_js_url="",
-            exclude_anchor_links=True,
-            exclude_input_prompt=True,
-            exclude_output_prompt=True,
-        )
+        hidden = {f"exclude_{name}": True for name in ("anchor_links", "input_prompt", "output_prompt")}
+        self.exporter = HTMLExporter(template_name="basic", mathjax_url="", require_js_url="", **hidden)
 
     def write(self, notebook: Path, target: Path, *, name: str, root: str, simulated: bool) -> None:
         """Write `notebook` as the page `target`; `root` leads from it to the folder of the site."""
@@ -210,9 +205,7 @@ def _figures(site: Path, found: Results) -> list[dict[str, Any]]:
                 shutil.copyfile(file.with_suffix(f".{ending}"), copy)
                 links[ending] = quote(str(copy.relative_to(site)))
         first, _, rest = file.stem.partition("_")
-        caption = " ".join(
-            filter(None, [CAPTIONS.get(first, file.stem), f"Task: {rest}." if rest and first in order else ""])
-        )
+        caption = CAPTIONS.get(first, file.stem) + (f" Task: {rest}." if rest and first in order else "")
         width = int.from_bytes(file.read_bytes()[16:20], "big")  # where the PNG format keeps it
         figures.append({"caption": caption, "width": round(width / PIXELS), "links": links})
     return figures
@@ -234,10 +227,6 @@ def _notebooks(site: Path, found: Results, convert: _Converter) -> dict[str, Any
         else:
             steps.append(Link(name, address))
     return {"steps": steps, "jobs": jobs}
-
-
-def _first_line(function: Any) -> str:
-    return (function.__doc__ or "").strip().splitlines()[0].replace("``", "")
 
 
 if __name__ == "__main__":

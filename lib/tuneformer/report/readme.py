@@ -65,9 +65,7 @@ def checked_claims(text: str) -> list[str]:
             problem = _problem(claim.strip(), prose)
             problems += [f"<!-- claim: {claim.strip()} -->: {problem}"] if problem else []
     if text.count("<!-- claim") != sum(len(CLAIM.findall(line)) for line in text.splitlines()):
-        problems.append(
-            "a claim is not written as <!-- claim: STUDY TASK CONTRAST VERDICT [DIFFERENCE] --> on one line"
-        )
+        problems += ["a claim is not written as <!-- claim: STUDY TASK CONTRAST VERDICT [DIFFERENCE] --> on one line"]
     return problems
 
 
@@ -80,12 +78,8 @@ def _problem(claim: str, prose: str) -> str | None:
         answer = read_json(paths.RESULTS / parts["study"] / "answer.json")
     except UserError as error:
         return str(error)
-    found = [
-        one
-        for task in answer["tasks"]
-        for one in task["contrasts"]
-        if (task["task"], one["contrast"]) == (parts["task"], parts["contrast"])
-    ]
+    of_task = [one for task in answer["tasks"] if task["task"] == parts["task"] for one in task["contrasts"]]
+    found = [one for one in of_task if one["contrast"] == parts["contrast"]]
     if not found:
         return "there is no such task and contrast in the answer"
     if found[0]["verdict"] != parts["verdict"]:

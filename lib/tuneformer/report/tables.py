@@ -42,8 +42,6 @@ def with_interval(value: float, low: float, high: float, *, sign: str = "") -> s
 def arms(answer: Mapping[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
     """List the arms of every task, best first: score with interval, runs (failed ones said), mean time and parameters.
 
-    Returns
-    -------
     Text, with the columns Task and Arm first.
     """
     score = f"{score_name(answer['score'])} (95 % interval)"
@@ -74,17 +72,12 @@ def contrasts(answer: Mapping[str, Any]) -> pd.DataFrame:
                 one["difference"], one["low"], one["high"], sign="+"
             ),
             "p (Holm)": _p_value(one["p_holm"]),
-            "Verdict": verdict(one, answer),
+            "Verdict": f"same within {answer['margin']:g}" if one["verdict"] == "same" else one["verdict"],
         }
         for task in answer["tasks"]
         for one in task["contrasts"]
     ]
     return pd.DataFrame(rows)
-
-
-def verdict(contrast: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
-    """Write the verdict of a contrast for readers: the arm is higher or lower, the same, or nothing is decided."""
-    return f"same within {answer['margin']:g}" if contrast["verdict"] == "same" else contrast["verdict"]
 
 
 def folds(runs: pd.DataFrame, predictions: pd.DataFrame, score: str) -> pd.DataFrame:

@@ -192,10 +192,9 @@ def read(folder: Path) -> Tokens:
 
 
 def refuse_unmapped(adata: "AnnData", vocabulary: Vocabulary) -> None:
-    """Refuse cells of which the vocabulary does not know half of the detected genes.
+    """Refuse cells of which the vocabulary does not know half of the detected genes, counted over all cells together.
 
-    The share is that over the counted genes of all cells together, so that the many genes of an annotation that hardly
-    any cell has do not matter.
+    So the many genes of an annotation that hardly any cell has do not matter.
     """
     detected = np.zeros(adata.n_vars)
     for part in _chunks(adata):

@@ -135,16 +135,14 @@ class Vocabulary:
             vocabulary.write(folder)
         return vocabulary
 
-    def write(self, folder: Path) -> Path:
-        """Write ``vocabulary.parquet`` into `folder`, whole or not at all; return its path.
+    def write(self, folder: Path) -> None:
+        """Write ``vocabulary.parquet`` into `folder`, whole or not at all.
 
         Columns: ``ensembl_id`` (special tokens: their name), ``token_id``, ``median`` (special tokens: missing),
         ``aliases`` (list).
         """
-        target = Path(folder) / FILE
-        with atomic_path(target) as partial:
+        with atomic_path(Path(folder) / FILE) as partial:
             self._table().to_parquet(partial, index=False)
-        return target
 
     @classmethod
     def fit(cls, adata: "AnnData", base: "Vocabulary | None" = None) -> "Vocabulary":

@@ -371,6 +371,12 @@ def test_labels_of_a_10x_file_come_from_a_table(own, tmp_path, name):
     assert adata.uns["recognised"]["cell table"] == f"2 cells are in {name}"
 
 
+def test_names_of_cells_may_be_numbers(tmp_path):
+    (tmp_path / "labels.csv").write_text("cell,celltype\n007,T\n010,B\n")
+    cells = ad.AnnData(np.ones((2, 1)), obs=pd.DataFrame(index=["010", "007"]), uns={"recognised": {}})
+    assert readers._with_table(cells, str(tmp_path / "labels.csv")).obs["celltype"].tolist() == ["B", "T"]
+
+
 def test_a_table_that_does_not_fit_is_refused(own, tmp_path):
     folder, path = write_10x_folder(tmp_path / "filtered"), tmp_path / "labels.csv"
     path.write_text("barcode,celltype\nAA,B\n")

@@ -243,6 +243,9 @@ def test_sciplex3_reads_a_cell_line_and_its_compounds(serve, tmp_path):
     assert set(cells.obs["well"]) == {"plate1_A1", "plate1_H12", "plate30_A1", "plate30_H12"}
     assert (mine["replicate"] == treated["replicate"].astype(str).str[-1].astype(float)).all()
     assert set(cells.obs["cell_line_time"]) == {"K562 24 h", "K562 72 h"}
+    late = sources.load(sciplex3_study(select_column="time", select_values=["72.0"], label="dose", classes=["100.0"]))
+    assert set(late.obs["time"]) == {72.0}
+    assert set(late.obs["dose"]) == {100.0}
     everything = sources.load(sciplex3_study())
     assert everything.n_obs == 590  # all but those without hash
 

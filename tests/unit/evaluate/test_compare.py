@@ -705,20 +705,6 @@ def test_a_score_of_genes_is_compared_with_permuted_classes():
     assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / 2000))
 
 
-def test_only_a_mean_beyond_the_tolerance_is_off_its_reference():
-    runs = pd.DataFrame(
-        {"arm": ["full", "full", "lora", "selective", "lp_ft"], "macro_f1": [0.60, 0.64, 0.30, 0.10, np.nan]}
-    )
-    expected = {"full": 0.60, "lora": 0.35, "lp_ft": 0.9}
-
-    def off(tolerance, references=expected):
-        settings = SimpleNamespace(expected_macro_f1=references, expected_tolerance=tolerance)
-        return compare.off_reference(settings, runs)
-
-    assert off(0.03) == {"lora": 0.30}
-    assert off(0.06) == off(0.0, {}) == {}
-
-
 def test_one_group_says_nothing_of_others():
     rows = study_of(np.random.default_rng(22), {"full": 0.9, "lora": 0.3}, group=["w1"] * 120)
     row = judge(rows, contrasts_of(("lora", "full")), margin=MARGIN).iloc[0]

@@ -5,8 +5,6 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
-from sklearn.metrics import recall_score
 
 from tuneformer.artifacts import UserError
 from tuneformer.data.simulate import simulate_sciplex2
@@ -14,7 +12,6 @@ from tuneformer.evaluate.scores import (
     confusion,
     coverage_curve,
     dose_values,
-    recall_by_class,
     reliability_curve,
     score,
 )
@@ -276,35 +273,3 @@ def test_confusion_counts_cells_of_all_runs_in_the_order_of_the_classes():
     assert confusion(run).index.tolist() == ["a", "b"]
     assert confusion(run[:0]).empty
     assert np.trace(table) / table.to_numpy().sum() == scored()["accuracy"]
-
-
-@pytest.fixture
-def predictions():
-    """Two arms, two seeds: 200 alpha, 93 beta and 7 T cells, tested once per seed in one of five folds."""
-    rng = np.random.default_rng(0)
-    labels = np.repeat(["t_cell", "alpha", "beta"], [7, 200, 93])
-    tables = []
-    for arm, chance in {"full": 0.9, "lora": 0.7}.items():
-        for seed in (0, 1):
-            predicted = np.where(rng.uniform(size=300) < chance, labels, rng.choice(labels, 300))
-            table = pd.DataFrame({"label": labels, "predicted": predicted, "fold": np.arange(300) % 5})
-            tables.append(table.assign(task="types", arm=arm, seed=seed, cell=[f"cell{n}" for n in range(300)]))
-    return pd.concat(tables, ignore_index=True)
-
-
-def test_recall_of_classes_is_that_of_scikit_learn_with_the_interval_of_one_seed(predictions):
-    one = predictions[(predictions["seed"] == 0) & (predictions["arm"] == "full")]
-    table = recall_by_class(one.astype(dict.fromkeys(["task", "arm", "label", "predicted", "cell"], "category")))
-    assert table["label"].tolist() == ["alpha", "beta", "t_cell"]  # the largest first
-    assert table["cells"].tolist() == [200, 93, 7]
-    expected = recall_score(one["label"], one["predicted"], average=None, labels=table["label"])
-    np.testing.assert_allclose(table["recall"], expected, rtol=1e-12)
-    for row in table.itertuples():
-        exact = stats.binomtest(round(row.recall * row.cells), row.cells).proportion_ci(0.95, method="wilson")
-        assert (row.low, row.high) == pytest.approx((exact.low, exact.high), rel=1e-12, abs=1e-15)
-    both = recall_by_class(predictions)
-    assert both["arm"].tolist() == ["full"] * 3 + ["lora"] * 3
-    assert both["cells"].tolist() == [200, 93, 7] * 2  # more seeds are not more cells
-    right = predictions["label"] == predictions["predicted"]
-    means = right.groupby([predictions["arm"], predictions["label"]]).mean()
-    np.testing.assert_allclose(both["recall"], means[list(zip(both["arm"], both["label"], strict=True))], rtol=1e-12)

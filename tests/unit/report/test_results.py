@@ -9,6 +9,7 @@ import yaml
 
 from tuneformer import paths
 from tuneformer.artifacts import UserError, write_json
+from tuneformer.evaluate import runs as evaluate_runs
 from tuneformer.report import results as module
 from tuneformer.report.results import FILES, collect, publish, read
 
@@ -16,7 +17,7 @@ from tuneformer.report.results import FILES, collect, publish, read
 @pytest.fixture(autouse=True)
 def _known_inputs(monkeypatch, make_answer):
     """A run's key depends on its parameters alone, and the answer is one that is known."""
-    monkeypatch.setattr(module, "run_key", lambda run: f"{run.task}-{run.arm}-{run.learning_rate}-{run.seed}")
+    monkeypatch.setattr(evaluate_runs, "run_key", lambda run: f"{run.task}-{run.arm}-{run.learning_rate}-{run.seed}")
     monkeypatch.setattr(module.compare, "answer", make_answer)
 
 
