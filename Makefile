@@ -19,7 +19,7 @@ export STUDY DATA LABEL  # read by the commands and by own_data.yaml, never by a
 
 report: $(ENV)
 	@$(BIN)/python -m tuneformer.study "$$STUDY"
-	@$(BIN)/python -m tuneformer.data.fetch "$$STUDY"
+	@$(BIN)/python -m tuneformer.data.download "$$STUDY"
 	@$(BIN)/snakemake --cores $(JOBS) --config study="$$STUDY"
 	@echo "$(CURDIR)/site/index.html"
 

@@ -59,6 +59,11 @@ class Study(AskedKeys, TrainingKeys, GenesKeys, CompressionKeys, PretrainingKeys
         """Whether the arm is the control: the same model without pre-training."""
         return self.strategy == CONTROL
 
+    def describe(self) -> str:
+        """Return the name of a run as progress lines show it."""
+        fold = "" if self.fold is None else f" fold {self.fold}"
+        return f"{self.task} {self.arm} seed {self.seed}{fold}"
+
     def keys(self, section: type[Section]) -> dict[str, Any]:
         """Return the keys of a section (such as `TokensKeys`, which has all keys before it) with their values."""
         return self.model_dump(include=set(section.model_fields))

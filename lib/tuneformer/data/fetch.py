@@ -1,12 +1,11 @@
 """Files from the network: fetched once, checked, kept, and never taken for what they are not.
 
-In: a `RemoteFile`, the name of a checkpoint, or as a command the name of a study. Out: the file below
+In: a `RemoteFile`, or the name of a checkpoint. Out: the file below
 ``paths.DOWNLOADS``; or one sentence with the command that fetches it by hand. A file is called ``<name>.part`` until it
 is known to be right, and a download that was cut goes on where it stopped. Where no checksum is published, the content
 is read, and the checksum of the first download (``lock.json``) counts ever after.
 """
 
-import argparse
 import errno
 import functools
 import gzip
@@ -188,7 +187,7 @@ def content_key(file: RemoteFile) -> str:
     if entry is None:
         msg = (
             f"{file.target} was not downloaded yet, and its checksum is not known before; fetch it by "
-            "`python -m tuneformer.data.fetch` and the name of the study."
+            "`python -m tuneformer.data.download` and the name of the study."
         )
         raise UserError(msg)
     return f"sha256:{entry['sha256']}"
@@ -364,29 +363,3 @@ def _disk_full(file: RemoteFile, needed: int | None = None) -> str:
         "make room, or set TUNEFORMER_DOWNLOADS to a folder on another disk, and start again: the download goes on "
         "where it stopped."
     )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Fetch what studies need: checkpoint, cells, list of genes; if that fails, say how to fetch all by hand."""
-    from tuneformer.data import sources  # which knows the files of a study, and imports this module
-    from tuneformer.study import batch, jobs
-
-    parser = argparse.ArgumentParser(prog="python -m tuneformer.data.fetch", description=main.__doc__)
-    parser.add_argument("study", nargs="+", help="name of a file in params/, without .yaml; or default, or all")
-    files: dict[RemoteFile, None] = {}
-    try:
-        names = [study for name in parser.parse_args(arguments).study for study in batch(name)]
-        for settings in (job for study in names for job in jobs(study)):
-            sources.source_path(settings)
-            files |= dict.fromkeys(sources.remote_files(settings))
-        for file in files:
-            fetch(file)
-    except UserError as error:
-        missing = [file.curl for file in files if not is_present(file)]
-        print(error, *(["All that is missing, by hand:", *missing] if missing else []), sep="\n", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -61,10 +61,8 @@ def run_job(settings: Study) -> pd.DataFrame:
         start, is_new = time.perf_counter(), stored_key(paths.run_dir(one)) != run_key(one)
         rows.append(run(one))
         if is_new:
-            from tuneformer.model.fit import describe  # seconds of imports that a finished run need not pay
-
             judged = f"macro-F1 {rows[-1]['macro_f1']:.3f}" if rows[-1]["status"] == "ok" else rows[-1]["status"]
-            line = f"[{number}/{len(asked)}] {describe(one)}: {judged}, {time.perf_counter() - start:.1f} s"
+            line = f"[{number}/{len(asked)}] {one.describe()}: {judged}, {time.perf_counter() - start:.1f} s"
             print(line, file=sys.stderr, flush=True)
     return pd.DataFrame(rows)
 

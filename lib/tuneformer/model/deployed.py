@@ -6,13 +6,14 @@ per second and peak memory. A process that runs ONNX never loads torch, and none
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from tuneformer.model import memory
 
 Batch = tuple[np.ndarray, np.ndarray]
 Predictor = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -48,19 +49,6 @@ def batches(ids: np.ndarray, lengths: np.ndarray, size: int) -> list[Batch]:
     parts = [slice(start, start + size) for start in range(0, len(ids), size)]
     masks = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
     return [(ids[part, : lengths[part].max()].copy(), masks[part, : lengths[part].max()].copy()) for part in parts]
-
-
-def peak_memory() -> float:
-    """Return the peak resident memory of this process so far, in MB (10**6 bytes).
-
-    On Linux it is ``VmHWM``: in ``ru_maxrss`` a new process starts with the peak of the one that started it.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def rates(predictors: dict[str, Predictor], work: list[Batch], repeats: int) -> dict[str, list[float]]:
@@ -103,10 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
     stored = np.load(given.cells)
     ids, lengths, timed = stored["ids"], stored["lengths"], stored["timed"]
     work = batches(ids[timed], lengths[timed], given.batch)
-    measured = {"import_memory_mb": peak_memory(), "rates": {}, "reference_rates": {}}
+    measured = {"import_memory_mb": memory.peak_memory(), "rates": {}, "reference_rates": {}}
     predict = load(given.folder, threads=1)
     rates({"model": predict}, work, 1)
-    measured["peak_memory_mb"] = peak_memory()
+    measured["peak_memory_mb"] = memory.peak_memory()
     np.save(given.logits, np.concatenate([predict(*batch) for batch in batches(ids, lengths, given.batch)]))
     for threads in sorted({1, given.threads}):
         both = {"rates": given.folder, "reference_rates": given.reference}

@@ -94,7 +94,7 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
             raise TrainingFailed(msg)
         return losses.probabilities(logits, settings.loss).numpy()
 
-    with outcome.keeping_failures(describe(settings)):
+    with outcome.keeping_failures(settings.describe()):
         train(
             settings,
             model,
@@ -107,7 +107,7 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
             validate_at=range(every, steps + 1, every),
             best="validation_macro_f1",
             sampler=order_of(settings, cells["train"]),
-            who=describe(settings),
+            who=settings.describe(),
         )
         strategies.merge_adapters(model)  # the test cells are predicted by the model as it is kept
         tested = tokens.dataset.select(rows["test"]).remove_columns("input_ids").to_pandas()
@@ -185,9 +185,3 @@ def order_of(settings: "Study", cells: Cells) -> Sampler[int]:
         weights = 1 / np.bincount(cells.labels)[cells.labels]
         return WeightedRandomSampler(weights, len(cells), generator=generator)
     return LengthGroupedSampler(settings.batch_size, lengths=cells.lengths, generator=generator)
-
-
-def describe(settings: "Study") -> str:
-    """Return the name of a run as progress lines show it."""
-    fold = "" if settings.fold is None else f" fold {settings.fold}"
-    return f"{settings.task} {settings.arm} seed {settings.seed}{fold}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tuneformer.artifacts import UserError
-from tuneformer.model import deployed
+from tuneformer.model import memory
 
 if TYPE_CHECKING:
     from tuneformer.study import Study
@@ -68,7 +68,7 @@ def used(device: torch.device, arithmetic: str) -> dict[str, str | float]:
     else:
         processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
         name, gpu = f"{processor}, {torch.get_num_threads()} threads", {}
-    return {"device": f"{name}, {arithmetic}", "peak_memory_mb": deployed.peak_memory(), **gpu}
+    return {"device": f"{name}, {arithmetic}", "peak_memory_mb": memory.peak_memory(), **gpu}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

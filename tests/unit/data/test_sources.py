@@ -19,7 +19,7 @@ from scipy import sparse
 
 from tuneformer import paths
 from tuneformer.artifacts import UserError
-from tuneformer.data import fetch, qc, sciplex, simulate, sources
+from tuneformer.data import download, fetch, qc, sciplex, simulate, sources
 from tuneformer.study import load_study
 
 DESIGN = ["top_oligo", "drug", "dose", "dose_um", "dose_label", "treatment", "plate", "well", "replicate"]
@@ -401,22 +401,22 @@ def test_every_entry_says_whose_it_is_and_where(name):
 
 def test_the_command_fetches_what_a_study_needs(server, serve, screen, tmp_path, monkeypatch, capsys):
     serve("sciplex2", harmonised(screen, tmp_path))
-    monkeypatch.setattr("tuneformer.study.jobs", lambda _: [load_study("tiny", dataset="sciplex2")])
-    assert fetch.main(["anything"]) == 0
+    monkeypatch.setattr("tuneformer.data.download.jobs", lambda _: [load_study("tiny", dataset="sciplex2")])
+    assert download.main(["anything"]) == 0
     target = paths.DOWNLOADS / "sciplex2" / "SrivatsanTrapnell2020_sciplex2.h5ad"
     assert target.is_file()
     assert "complete and checked" in capsys.readouterr().err
     target.unlink()
     server.files.clear()
-    assert fetch.main(["anything"]) == 2
+    assert download.main(["anything"]) == 2
     assert "was not found (the server answered 404)" in capsys.readouterr().err
 
 
 def test_without_network_the_command_says_how_to_fetch_all_files_by_hand(server, monkeypatch, capsys):
     monkeypatch.setattr(fetch.constants, "HF_HUB_OFFLINE", True)
     settings = load_study("tiny", dataset="sciplex2", checkpoint="Geneformer-V1-10M")
-    monkeypatch.setattr("tuneformer.study.jobs", lambda _: [settings, settings])
-    assert fetch.main(["anything"]) == 2
+    monkeypatch.setattr("tuneformer.data.download.jobs", lambda _: [settings, settings])
+    assert download.main(["anything"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert "HF_HUB_OFFLINE forbids fetching it" in lines[0]
     assert lines[1] == "All that is missing, by hand:"
@@ -430,10 +430,10 @@ def test_without_network_the_command_says_how_to_fetch_all_files_by_hand(server,
 
 def test_the_demo_needs_no_network_and_own_data_are_looked_for_first(monkeypatch, capsys):
     monkeypatch.setattr(fetch, "fetch", lambda file: pytest.fail(f"fetches {file.name}"))
-    assert fetch.main(["tiny"]) == 0
+    assert download.main(["tiny"]) == 0
     own = load_study("tiny", dataset="own", path="/nowhere/cells.h5ad", checkpoint="Geneformer-V1-10M")
-    monkeypatch.setattr("tuneformer.study.jobs", lambda _: [own])
-    assert fetch.main(["anything"]) == 2
+    monkeypatch.setattr("tuneformer.data.download.jobs", lambda _: [own])
+    assert download.main(["anything"]) == 2
     assert "path: /nowhere/cells.h5ad does not exist" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from tuneformer import paths
 from tuneformer.artifacts import UserError
 from tuneformer.evaluate import compare
-from tuneformer.model import classifier, compress, deployed, fit, variants
+from tuneformer.model import classifier, compress, deployed, fit, memory, variants
 
 IN_TORCH = ["fp32", "bf16", "int8_dynamic", "int8_weights", "pruned_50", "heads_2of4", "neurons_20of32", "layers_1of2"]
 
@@ -213,7 +213,7 @@ def test_the_export_predicts_what_the_model_does_and_needs_no_torch(pooling, mod
     code = f"""
 import sys, numpy as np
 from pathlib import Path
-from tuneformer.model import deployed
+from tuneformer.model import deployed, memory
 ones = np.ones((2, 5), dtype=np.int64)
 print(deployed.load(Path({str(folder)!r}), threads=1)(ones, ones).shape)
 assert not {{"torch", "transformers"}} & set(sys.modules)
@@ -272,7 +272,7 @@ def test_peak_memory_is_not_inherited_from_the_process_before():
     code = "from tuneformer.model.deployed import peak_memory; print(peak_memory())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5 < float(child.stdout) < 200
-    assert deployed.peak_memory() > ballast.nbytes / 1e6
+    assert memory.peak_memory() > ballast.nbytes / 1e6
 
 
 # --- runs ---
