@@ -269,7 +269,7 @@ def test_speed_is_that_of_the_repetitions_after_the_warm_up(monkeypatch):
 
 def test_peak_memory_is_not_inherited_from_the_process_before():
     ballast = np.ones(50_000_000)  # 400 MB, which ru_maxrss would count for the child as well
-    code = "from tuneformer.model.deployed import peak_memory; print(peak_memory())"
+    code = "from tuneformer.model.memory import peak_memory; print(peak_memory())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5 < float(child.stdout) < 200
     assert memory.peak_memory() > ballast.nbytes / 1e6
