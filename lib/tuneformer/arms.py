@@ -239,6 +239,10 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
             "a mixture needs either pad (cells added to each padded class) or share (of cells replaced)",
         ),
         "padded_classes": (settings.pad is not None and not settings.padded_classes, "pad needs the classes to pad"),
+        "early_stop": (
+            settings.early_stop is not None and settings.epoch_rule == "last",
+            "the last epoch is kept, so none may be left out; set epoch_rule: validation_loss",
+        ),
         "means": (
             settings.means == "bulk" and settings.train_set != "synthetic",
             "only synthetic cells are drawn around means",

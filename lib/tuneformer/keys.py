@@ -164,7 +164,10 @@ class TrainingKeys(TokensKeys):
     min_steps: Index = _key(0, "smallest number of optimizer steps; with few cells they are seen more often")
     warmup_steps: Index = _key(500, "optimizer steps of linear warm-up ...")
     warmup_cap: Annotated[float, Field(gt=0, le=1)] | None = _key(0.1, "... at most this share of all; null = no limit")
-    early_stop: Count | None = _key(None, "epochs without a better validation macro-F1 before stopping; null = never")
+    epoch_rule: Literal["last", "validation_loss"] = _key(
+        "last", "weights kept: last | validation_loss (lowest; of fewer than 200 validation cells: last)"
+    )
+    early_stop: Count | None = _key(None, "validation_loss: epochs without a lower one before stopping; null = never")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto | cpu | cuda")
     precision: Literal["auto", "fp32", "bf16"] = _key(
         "auto", "auto (bf16 where the hardware computes it) | fp32 | bf16"

@@ -1,4 +1,4 @@
-"""Which cells are trained on, which choose the best epoch, and which are tested.
+"""Which cells are trained on, which validate, and which are tested.
 
 In: the class of every cell, shares and a seed. Out: "train", "validation" or "test" for every cell, the same on every
 machine and for every run of a study, because the draw hashes seed and name and knows nothing of the training seed.

@@ -153,6 +153,9 @@ def _of_outcome(outcome: "Outcome", tested: pd.Series) -> Faults:
     yield "test cells that are not predicted", tested.index.difference(predicted.index), ""
     yield "predicted cells that are no test cells", predicted.index.difference(tested.index), ""
     yield "test cells with another class than in the tokens", known.index[known != tested[known.index]], ""
-    by_epoch = outcome.history.set_index("epoch")["validation_macro_f1"] if len(outcome.history) else pd.Series()
-    if len(by_epoch) and by_epoch.get(outcome.best_epoch) != by_epoch.max():
-        yield "a tested epoch that validation did not choose", [f"{outcome.best_epoch}, not {by_epoch.idxmax()}"], ""
+    if len(outcome.history):
+        loss, kept = outcome.history.set_index("epoch")["validation_loss"], outcome.best_epoch
+        is_last = outcome.chosen_by == "last epoch"
+        if kept != loss.index[-1] if is_last else loss.get(kept) != loss.min():
+            right = loss.index[-1] if is_last else loss.idxmin()
+            yield f"a tested epoch that its rule ({outcome.chosen_by}) did not choose", [f"{kept}, not {right}"], ""

@@ -152,7 +152,7 @@ def _make(settings: Study, folder: Path) -> None:
     if outcome.model is not None:
         from tuneformer.model import classifier
 
-        card = {name: row[name] for name in ("study", "task", "arm", "seed", "fold", "n_train", "validation_macro_f1")}
+        card = {name: row[name] for name in ("study", "task", "arm", "seed", "fold", "n_train", "validation_loss")}
         of_arm = settings.at(seed=0, fold=0 if settings.folds else None)  # its key is the same for each seed and fold
         card |= {"simulated": settings.simulated, "job": run_key(of_arm)}
         classifier.save(folder / "model", outcome.model, prepared.tokens.vocabulary, outcome.classes, card)
@@ -164,10 +164,11 @@ def row_of(settings: Study, outcome: "Outcome") -> dict[str, Any]:
 
     row: dict[str, Any] = {"study": settings.study, "task": settings.task, "arm": settings.arm}
     row |= settings.arm_keys() | {"seed": settings.seed, "fold": settings.fold}
-    for name in ("status", "reason", "n_train", "n_validation", "n_test", "best_epoch"):
+    for name in ("status", "reason", "n_train", "n_validation", "n_test", "best_epoch", "chosen_by"):
         row[name] = getattr(outcome, name)
     best = outcome.history["epoch"] == outcome.best_epoch if len(outcome.history) else []
-    row["validation_macro_f1"] = float(outcome.history.loc[best, "validation_macro_f1"].max()) if sum(best) else None
+    for name in ("validation_loss", "validation_macro_f1"):
+        row[name] = float(outcome.history.loc[best, name].iloc[0]) if sum(best) else None
     if outcome.status == "ok":
         row |= scores.score(outcome.predictions["label"], outcome.probabilities, outcome.classes)
     row |= outcome.cost | {"key": run_key(settings)}
@@ -185,7 +186,7 @@ def _keep_best_model(settings: Study, folder: Path) -> None:
         new = read_json(folder / "model" / "model.json")
         old = read_json(kept / "model.json") if (kept / "model.json").is_file() else {}
         is_same_job = old.get("job") == new["job"]
-        if not is_same_job or new["validation_macro_f1"] > old["validation_macro_f1"]:
+        if not is_same_job or new["validation_loss"] < old["validation_loss"]:
             with atomic_path(kept) as partial:
                 shutil.copytree(folder / "model", partial)
         shutil.rmtree(folder / "model")

@@ -35,7 +35,7 @@ REFERENCE = "fp32"
 
 
 def fine_tuned(settings: Study, tokens: "Tokens") -> CellClassifier:
-    """Load the model of a run with the weights of its best epoch, or train and save it; UserError if the run fails."""
+    """Load the model of a run with the weights that it keeps, or train and save it; UserError if the run fails."""
 
     def train(folder: Path) -> None:
         outcome = fit.fit_cells(settings, tokens)

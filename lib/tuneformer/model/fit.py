@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 PROBABILITY = "probability:"
+FEWEST_CHOOSING = 200  # validation cells; with five, most epochs tie, and what is chosen is chance
 
 
 @dataclass(kw_only=True)
 class Outcome(Training):
-    """What a run on cells left: a `Training`, and the test cells as the best epoch predicts them.
+    """What a run on cells left: a `Training`, and the test cells as the kept weights predict them.
 
     ``predictions``: one row per test cell (cell, label, group if the tokens have one, predicted,
-    ``probability:<class>``), and ``model``: the model with the best weights, adapters of ``lora`` merged. A run that
+    ``probability:<class>``), and ``model``: the model with the kept weights, adapters of ``lora`` merged. A run that
     failed has neither, a baseline no model.
     """
 
@@ -55,8 +56,8 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
     """Fine-tune a classifier by the strategy of a run, and predict its test cells once.
 
     The recipe of the studies, in batches of cells of similar length. After each epoch the validation cells are
-    predicted; the test cells are predicted once, at the end, with the weights of the epoch with the highest validation
-    macro-F1 (of several the first). On a CPU a run gives the same numbers each time; strategies with the same seed see
+    predicted; the test cells are predicted once, at the end, with the weights of the last epoch or, by ``epoch_rule``,
+    of the epoch with the lowest validation loss (of several the last). On a CPU a run gives the same numbers each time; strategies with the same seed see
     the same cells in the same order, and start from the same head.
 
     `tokens` are exactly the cells of the run. A run that diverges or lacks memory returns, with a status that says so.
@@ -105,7 +106,7 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
             validate=lambda: validation_scores(cells["validation"].labels, predicted("validation")),
             steps=steps,
             validate_at=range(every, steps + 1, every),
-            best="validation_macro_f1",
+            lowest="validation_loss" if chosen_by_validation(settings, outcome.n_validation) else None,
             sampler=order_of(settings, cells["train"]),
             who=settings.describe(),
         )
@@ -114,6 +115,11 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
         outcome.predictions = predictions_table(tested, classes, predicted("test"))
         outcome.model = model.cpu()
     return outcome
+
+
+def chosen_by_validation(settings: "Study", n_validation: int) -> bool:
+    """Return whether validation cells choose the epoch: where the study asks for it, and there are enough of them."""
+    return settings.epoch_rule == "validation_loss" and n_validation >= FEWEST_CHOOSING
 
 
 def rows_of_splits(settings: "Study", tokens: "Tokens") -> dict[str, np.ndarray]:

@@ -121,9 +121,9 @@ def run_fold(settings: Study, task: GeneTask, fold: int) -> Fold:
     """Train on the genes outside a fold, and score all genes; the genes of the fold are its test.
 
     The recipe of `fit.fit_cells`, with cells in random order. The loss is the mean over the tokens of the training
-    genes in a batch. After each epoch the validation genes are scored, and the weights with the best area under their
-    ROC curve (one mean logit per gene; of several the first) are kept; the best threshold for them is that of the test
-    genes. A fold that diverged or lacked memory has no predictions and another status than ``ok``.
+    genes in a batch. After each epoch the validation genes are scored, which shows how training goes; the weights after
+    the last one are kept (a fold has too few validation genes to choose by), with the threshold that is best for the
+    validation genes. A fold that diverged or lacked memory has no predictions and another status than ``ok``.
 
     Raises
     ------
@@ -222,14 +222,16 @@ def _train(settings: Study, task: GeneTask, folder: Path) -> None:
     with log.keeping_failures(who):
         train(
             settings, model, cells["context"], log, plan=plan, loss=loss, validate=validate, steps=steps,
-            validate_at=epochs, best="validation_auc", sampler=order, who=who,
+            validate_at=epochs, sampler=order, who=who,
         )  # fmt: skip
         (scores, of_context), (others, of_others) = means("context"), means("other")
         threshold = best_threshold(scores[is_validation], target[is_validation])
         rows = task.genes.assign(score=scores, score_other=others, threshold=threshold)[is_test]
         more["token_auc"], curve = _token_roc(rows, of_context)
         more["token_auc_other"], _ = _token_roc(rows, of_others)
-    row, predictions = _judged(settings, task, rows, log, more | {"best_epoch": log.best_epoch})
+    row, predictions = _judged(
+        settings, task, rows, log, more | {"best_epoch": log.best_epoch, "chosen_by": log.chosen_by}
+    )
     write_json(folder / "row.json", row)
     predictions.to_parquet(folder / "predictions.parquet", index=False)
     log.history.to_csv(folder / "history.csv", index=False)

@@ -1,6 +1,6 @@
 """One set-up of the Trainer of transformers for three trainings: cells, genes and masked tokens.
 
-In: settings, a model with its plan, and batches. Out: the model with its best weights, the log of each epoch, and the
+In: settings, a model with its plan, and batches. Out: the model with the weights that are kept, the log of each epoch, and the
 cost. Nothing is written unless a folder is given from which an interrupted training goes on.
 """
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tuneformer.study import Study
 
 
+LAST, LOWEST = "last epoch", "validation loss"
+
+
 class TrainingFailed(RuntimeError):
     """A training that cannot go on, because a loss or a prediction is not finite."""
 
@@ -39,7 +42,7 @@ class Training:
 
     ``status``: ``ok``, ``failed`` or ``out-of-memory``, with the ``reason`` if it is not ``ok``. ``history``: one row
     per epoch (epoch, train_loss, the scores of the validation, seconds). ``best_epoch``: the one whose weights were
-    kept. ``cost``: ``wall_seconds`` and ``cpu_seconds`` (training and validation), ``cells_per_second``,
+    kept, and ``chosen_by`` what: ``last epoch``, ``validation loss`` or ``cross-validated loss``. ``cost``: ``wall_seconds`` and ``cpu_seconds`` (training and validation), ``cells_per_second``,
     ``optimizer_steps``, ``training_cells``, ``trainable_parameters`` (that learnt at any time), ``total_parameters``,
     ``flops`` (estimate, `strategies.training_flops`), ``device``, ``peak_memory_mb`` (of the process) and, on a GPU,
     ``peak_gpu_memory_mb``.
@@ -49,6 +52,7 @@ class Training:
     reason: str = ""
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     best_epoch: int | None = None
+    chosen_by: str = LAST
     cost: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
@@ -68,13 +72,13 @@ class Training:
 
 @dataclass(eq=False)
 class PlanCallback(TrainerCallback):
-    """Lets the groups of a plan learn in each step; after an epoch it validates, logs and keeps the best weights."""
+    """Lets the groups of a plan learn in each step; after an epoch it validates, logs and remembers weights to keep."""
 
     plan: strategies.Plan
     loss: Callable[[nn.Module, Batch], torch.Tensor]
     validate: Callable[[], dict[str, float]]
     validate_at: Collection[int]
-    best: str | None
+    lowest: str | None
     early_stop: int | None
     bf16: bool
     who: str
@@ -85,7 +89,7 @@ class PlanCallback(TrainerCallback):
     epoch_cells: int = 0
     epoch_start: float = field(default_factory=time.perf_counter)
     best_epoch: int | None = None
-    best_score: float = -np.inf
+    best_score: float = np.inf
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
@@ -118,15 +122,17 @@ class PlanCallback(TrainerCallback):
         epoch = len(state.log_history) + 1
         row = {"epoch": epoch, "train_loss": self.epoch_loss / self.epoch_cells, **self.validate()}
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in row.items() if name != "epoch")
-        if self.best and row[self.best] > self.best_score:
-            self.best_score, self.best_epoch = row[self.best], epoch
+        if self.lowest is None:
+            self.best_epoch = epoch
+        elif row[self.lowest] <= self.best_score:
+            self.best_score, self.best_epoch = row[self.lowest], epoch
             learnt = strategies.learning_parameters(model, self.plan)
             self.best_weights = {name: weight.detach().clone() for name, weight in learnt.items()}
-        if self.best and self.early_stop is not None and epoch - self.best_epoch >= self.early_stop:
+        if self.lowest and self.early_stop is not None and epoch - self.best_epoch >= self.early_stop:
             control.should_training_stop = True
         row["seconds"] = time.perf_counter() - self.epoch_start
         state.log_history.append(row)  # the Trainer keeps it with its state, so that it survives an interruption
-        best = f" (best epoch {self.best_epoch})" if self.best else ""
+        best = f" (best epoch {self.best_epoch})" if self.lowest else ""
         line = f"{self.who} epoch {epoch}/{len(self.validate_at)}: {shown}{best}, {row['seconds']:.1f} s"
         print(line, file=sys.stderr, flush=True)
         self.epoch_loss, self.epoch_cells, self.epoch_start = 0.0, 0, time.perf_counter()
@@ -163,14 +169,14 @@ def train(
     validate: Callable[[], dict[str, float]],
     steps: int,
     validate_at: Collection[int],
-    best: str | None = None,
+    lowest: str | None = None,
     sampler: Sampler[int] | None = None,
     collate: Callable[[Any], Batch] = lambda batch: batch,
     folder: Path | None = None,
     who: str = "",
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
-    """Train a model by its plan: AdamW, linear warm-up and decay, gradients clipped to norm 1; the best weights stay.
+    """Train a model by its plan: AdamW, linear warm-up and decay, gradients clipped to norm 1.
 
     Call `hardware.prepare` and ``transformers.set_seed(settings.seed)`` before the model is built.
 
@@ -186,8 +192,8 @@ def train(
         Scores of the model after an epoch; they become columns of the history.
     steps, validate_at
         Optimizer steps, and after which of them (from 1) to validate; what lies between is an "epoch" of the log.
-    best
-        Name of the score whose highest value (of several the first) chooses the epoch; None keeps the last weights.
+    lowest
+        Name of the score whose lowest value (of several the last) chooses the epoch; None keeps the last weights.
     sampler
         Order of the cells; None shuffles them in each pass.
     folder
@@ -204,7 +210,7 @@ def train(
     bf16 = hardware.uses_bf16(device, settings.precision)
     optimizer = torch.optim.AdamW(strategies.optimizer_groups(settings, model.to(device), plan), fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps(settings, steps), steps)
-    callback = PlanCallback(plan, loss, validate, validate_at, best, settings.early_stop, bf16, who)
+    callback = PlanCallback(plan, loss, validate, validate_at, lowest, settings.early_stop, bf16, who)
     with tempfile.TemporaryDirectory() as nowhere:  # the Trainer wants a folder, also to write nothing into it
         arguments = TrainingArguments(
             output_dir=str(folder or nowhere),
@@ -234,7 +240,8 @@ def train(
         finally:
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             log.history = pd.DataFrame([row for row in trainer.state.log_history if "seconds" in row])
-            log.best_epoch, learnt = callback.best_epoch, strategies.learning_parameters(model, plan).values()
+            log.best_epoch, log.chosen_by = callback.best_epoch, LOWEST if lowest else LAST
+            learnt = strategies.learning_parameters(model, plan).values()
             log.cost = {
                 "wall_seconds": wall,
                 "cpu_seconds": cpu,

@@ -234,16 +234,18 @@ def test_a_vocabulary_that_saw_test_cells(task, settings):
 # --- what a run left
 
 
-def outcome_of(prepared, *, best=2, f1=(0.5, 0.7, 0.7), **changes):
+def outcome_of(prepared, *, best=3, losses=(0.5, 0.2, 0.2), **changes):
     table = prepared.tokens.dataset.to_pandas()
     tested = table.loc[table["split"] == "test", ["cell", "label"]].reset_index(drop=True)
-    history = pd.DataFrame({"epoch": np.arange(len(f1)) + 1, "validation_macro_f1": f1})
-    return SimpleNamespace(**{"status": "ok", "history": history, "best_epoch": best, "predictions": tested, **changes})
+    history = pd.DataFrame({"epoch": np.arange(len(losses)) + 1, "validation_loss": losses})
+    known = {"status": "ok", "history": history, "best_epoch": best, "chosen_by": "last epoch", "predictions": tested}
+    return SimpleNamespace(**known | changes)
 
 
 def test_a_fair_run_passes_and_a_failed_one_has_nothing_to_check(task, settings):
     prepared = single_cells(task)
-    for fair in ({}, {"best": 3}, {"best": None, "history": pd.DataFrame()}, {"f1": (0.5, np.nan, 0.7), "best": 3}):
+    chosen = {"chosen_by": "validation loss"}
+    for fair in ({}, chosen, chosen | {"best": 2}, {"best": None, "history": pd.DataFrame()}):
         leakage.refuse_unfair(outcome_of(prepared, **fair), prepared, settings)
     leakage.refuse_unfair(SimpleNamespace(status="failed"), prepared, settings)
 
@@ -271,8 +273,11 @@ def test_predictions_that_are_not_of_each_test_cell_once(task, settings, change,
         leakage.refuse_unfair(outcome, prepared, settings)
 
 
-@pytest.mark.parametrize("best", [1, 7, None])
-def test_an_epoch_that_validation_did_not_choose(task, settings, best):
+@pytest.mark.parametrize(
+    ("rule", "best", "right"),
+    [("last epoch", 2, 3), ("validation loss", 1, 2), ("validation loss", 7, 2), ("cross-validated loss", None, 2)],
+)
+def test_an_epoch_that_its_rule_did_not_choose(task, settings, rule, best, right):
     prepared = single_cells(task)
-    with pytest.raises(UserError, match=rf"epoch that validation did not choose \(1, such as {best}, not 2\)"):
-        leakage.refuse_unfair(outcome_of(prepared, best=best), prepared, settings)
+    with pytest.raises(UserError, match=rf"its rule \({rule}\) did not choose \(1, such as {best}, not {right}\)"):
+        leakage.refuse_unfair(outcome_of(prepared, best=best, chosen_by=rule), prepared, settings)

@@ -122,12 +122,28 @@ def test_flops_are_counted_by_what_learnt(run_settings, tokens):
     assert outcome.cost["trainable_parameters"] == outcome.cost["total_parameters"]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_best_epoch_is_chosen_by_validation_and_the_test_set_is_predicted_once(
-    run_settings, tokens, monkeypatch, tied
+def losses_of(monkeypatch, *values):
+    """Let the validation losses be these, epoch by epoch."""
+    scores, given = fit.validation_scores, iter(values)
+    replaced = lambda labels, predicted: scores(labels, predicted) | {"validation_loss": next(given)}  # noqa: E731
+    monkeypatch.setattr(fit, "validation_scores", replaced)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fewest", "losses", "kept"),
+    [
+        ("last", 12, (0.5, 0.2, 0.3), 3),
+        ("validation_loss", 13, (0.5, 0.2, 0.3), 3),  # there are 12 validation cells
+        ("validation_loss", 12, (0.5, 0.2, 0.3), 2),
+        ("validation_loss", 12, (0.2, 0.2, 0.3), 2),
+    ],
+)
+def test_the_last_epoch_is_kept_or_that_of_the_lowest_validation_loss_and_the_test_set_is_predicted_once(
+    run_settings, tokens, monkeypatch, rule, fewest, losses, kept
 ):
-    scores = iter([0.2, 0.9, 0.9 if tied else 0.8])
     calls, weights = [], []
+    monkeypatch.setattr(fit, "FEWEST_CHOOSING", fewest)
+    losses_of(monkeypatch, *losses)
 
     def predict(model, cells, *, bf16):
         calls.append(
@@ -137,19 +153,18 @@ def test_the_best_epoch_is_chosen_by_validation_and_the_test_set_is_predicted_on
         return np.zeros((len(cells), 2))
 
     monkeypatch.setattr(classifier, "predict", predict)
-    monkeypatch.setattr(fit, "f1_score", lambda *args, **kwargs: next(scores))
-    outcome = fit.fit_cells(run_settings(epochs=3), tokens)
+    outcome = fit.fit_cells(run_settings(epochs=3, epoch_rule=rule), tokens)
     assert calls == ["validation"] * 3 + ["test"]
-    assert outcome.best_epoch == 2
-    assert torch.equal(weights[3], weights[1])
-    assert not torch.equal(weights[3], weights[2])
-    assert torch.equal(outcome.model.classifier.weight, weights[1])
+    assert outcome.best_epoch == kept
+    assert outcome.chosen_by == ("last epoch" if kept == 3 else "validation loss")
+    assert [torch.equal(weights[3], weight) for weight in weights[:3]] == [kept == epoch for epoch in (1, 2, 3)]
+    assert torch.equal(outcome.model.classifier.weight, weights[kept - 1])
 
 
 def test_early_stop(run_settings, tokens, monkeypatch):
-    scores = iter([0.5, 0.4, 0.3, 0.9])
-    monkeypatch.setattr(fit, "f1_score", lambda *args, **kwargs: next(scores))
-    outcome = fit.fit_cells(run_settings(epochs=4, early_stop=2), tokens)
+    monkeypatch.setattr(fit, "FEWEST_CHOOSING", 12)
+    losses_of(monkeypatch, 0.3, 0.4, 0.5, 0.1)
+    outcome = fit.fit_cells(run_settings(epochs=4, epoch_rule="validation_loss", early_stop=2), tokens)
     assert len(outcome.history) == 3
     assert outcome.best_epoch == 1
     assert outcome.cost["optimizer_steps"] == 12

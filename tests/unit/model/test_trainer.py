@@ -34,7 +34,7 @@ def train(run_settings, tokens):
 
         def validate():
             calls.append(1)
-            return {"score": -float(len(calls))}
+            return {"score": float(len(calls))}
 
         def loss(model, batch):
             return model(**batch).loss
@@ -56,18 +56,18 @@ def train(run_settings, tokens):
 def test_rows_of_the_history_are_where_they_were_asked_for(train, capsys):
     run = train(who="a name")
     assert list(run.log.history) == ["epoch", "train_loss", "score", "seconds"]
-    assert run.log.history["score"].tolist() == [-1, -2, -3, -4]
+    assert run.log.history["score"].tolist() == [1, 2, 3, 4]
     assert run.log.cost["optimizer_steps"] == 20
-    assert run.log.best_epoch is None
+    assert (run.log.best_epoch, run.log.chosen_by) == (4, "last epoch")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a name epoch ")]
     assert len(lines) == 4
     assert "epoch 2/4: train loss 0." in lines[1]
-    assert "score -2.000" in lines[1]
+    assert "score 2.000" in lines[1]
 
 
 def test_the_best_weights_stay_or_else_the_last(train):
-    last, best, first = train(), train(best="score"), train(validate_at={1})
-    assert best.log.best_epoch == 1
+    last, best, first = train(), train(lowest="score"), train(validate_at={1})
+    assert (best.log.best_epoch, best.log.chosen_by) == (1, "validation loss")
     once = train(steps=20, callbacks=[StopAfter(1)])
     weights = [run.model.classifier.weight for run in (last, best, first, once)]
     assert torch.equal(weights[1], weights[3])
