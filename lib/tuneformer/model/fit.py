@@ -57,8 +57,8 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
 
     The recipe of the studies, in batches of cells of similar length. After each epoch the validation cells are
     predicted; the test cells are predicted once, at the end, with the weights of the last epoch or, by ``epoch_rule``,
-    of the epoch with the lowest validation loss (of several the last). On a CPU a run gives the same numbers each time; strategies with the same seed see
-    the same cells in the same order, and start from the same head.
+    of the epoch with the lowest validation loss (of several the last). On a CPU a run gives the same numbers each time;
+    strategies with the same seed see the same cells in the same order, and start from the same head.
 
     `tokens` are exactly the cells of the run. A run that diverges or lacks memory returns, with a status that says so.
 

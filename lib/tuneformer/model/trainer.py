@@ -1,7 +1,7 @@
 """One set-up of the Trainer of transformers for three trainings: cells, genes and masked tokens.
 
-In: settings, a model with its plan, and batches. Out: the model with the weights that are kept, the log of each epoch, and the
-cost. Nothing is written unless a folder is given from which an interrupted training goes on.
+In: settings, a model with its plan, and batches. Out: the model with the weights that are kept, the log of each epoch,
+and the cost. Nothing is written unless a folder is given from which an interrupted training goes on.
 """
 
 import logging
@@ -42,7 +42,8 @@ class Training:
 
     ``status``: ``ok``, ``failed`` or ``out-of-memory``, with the ``reason`` if it is not ``ok``. ``history``: one row
     per epoch (epoch, train_loss, the scores of the validation, seconds). ``best_epoch``: the one whose weights were
-    kept, and ``chosen_by`` what: ``last epoch``, ``validation loss`` or ``cross-validated loss``. ``cost``: ``wall_seconds`` and ``cpu_seconds`` (training and validation), ``cells_per_second``,
+    kept, and ``chosen_by`` what: ``last epoch``, ``validation loss`` or ``cross-validated loss``. ``cost``:
+    ``wall_seconds`` and ``cpu_seconds`` (training and validation), ``cells_per_second``,
     ``optimizer_steps``, ``training_cells``, ``trainable_parameters`` (that learnt at any time), ``total_parameters``,
     ``flops`` (estimate, `strategies.training_flops`), ``device``, ``peak_memory_mb`` (of the process) and, on a GPU,
     ``peak_gpu_memory_mb``.
