@@ -172,7 +172,13 @@ class TrainingKeys(TokensKeys):
     precision: Literal["auto", "fp32", "bf16"] = _key(
         "auto", "auto (bf16 where the hardware computes it) | fp32 | bf16"
     )
-    attention: Literal["sdpa", "eager"] = _key("sdpa", "sdpa | eager")
+    attention: Literal["auto", "sdpa", "eager"] = _key(
+        "auto", "auto (cells packed, the fastest kernel here) | sdpa | eager"
+    )
+    compile: bool = _key(False, "true: torch.compile the layers (a GPU; takes a minute)")
+    frozen_cache_gb: NotNegative = _key(
+        4.0, "largest cache of what frozen layers make of the cells of a task, in 10^9 bytes; 0 = none"
+    )
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = _key(
         0.0, "above 0 the CPU takes a kernel several times slower"
     )

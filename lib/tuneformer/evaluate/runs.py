@@ -143,7 +143,7 @@ def _make(settings: Study, folder: Path) -> None:
     else:
         from tuneformer.model import fit
 
-        outcome = fit.fit_cells(settings, prepared.tokens)
+        outcome = fit.fit_cells(settings, prepared.tokens, paths.task_dir(settings) / "frozen")
     leakage.refuse_unfair(outcome, prepared, settings)
     outcome.predictions.to_parquet(folder / "predictions.parquet", index=False)
     outcome.history.to_csv(folder / "history.csv", index=False)

@@ -4,6 +4,7 @@ In: a checkpoint (config.json, model.safetensors), the vocabulary and classes of
 `CellClassifier` with a new head; `Cells`, the batches of a memory-mapped dataset; and the folder of a fitted model.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,20 +24,23 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import tuneformer
 from tuneformer.artifacts import UserError, atomic_path, read_json, write_json
 from tuneformer.data import fetch
+from tuneformer.model import attention as attention  # registers itself with transformers
 from tuneformer.model import hardware, losses, strategies
 from tuneformer.paths import shown
 from tuneformer.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
     from tuneformer.study import Study
 
 GENES = "bert.embeddings.word_embeddings.weight"
 BODY = ("bert.embeddings.", "bert.encoder.")
-PREDICTION_BATCH = 64  # cells; without gradients four times a training batch fits where that does
+PREDICTION_TOKENS = 2**16  # of a batch, padding included; without gradients that takes little memory
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""Tensors, and of packed cells also ``lengths``, numbers that stay on the CPU."""
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -51,20 +55,49 @@ class CellClassifier(BertForSequenceClassification):
     accepts_loss_kwargs = False
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None, **_: Any
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        states: torch.Tensor | None = None,
+        depth: int = 0,
+        **packing: Any,
     ) -> SequenceClassifierOutput:
         """Return logits (batch, classes) and, given `labels` (batch,), the mean cross-entropy (nats per cell).
 
-        `input_ids` and `attention_mask` (1 for a token, 0 for padding) are (batch, length).
+        `input_ids` and `attention_mask` (1 for a token, 0 for padding) are (batch, length); or the cells are packed, as
+        `Cells` gives them. `states` are what the first `depth` parts of the body (embeddings, layers) make of the
+        cells, so that only the others run (`encode`).
         """
-        output = self.bert(input_ids, attention_mask=attention_mask)
-        pooled = output.pooler_output  # (batch, hidden)
-        if self.config.pooling == "mean":
-            mean = mean_state(output.last_hidden_state, attention_mask)
-            pooled = self.bert.pooler(mean.unsqueeze(1))  # the pooler reads position 0
+        if attention_mask is None:
+            pooled = self.encode({"input_ids": input_ids, "states": states, **packing}, depth)
+        else:
+            output = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+            pooled = mean_state(output, attention_mask) if self.config.pooling == "mean" else output[:, 0]
+        pooled = self.bert.pooler(pooled.unsqueeze(1))  # the pooler reads position 0
         logits = self.classifier(self.dropout(pooled)).float()
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def encode(self, batch: Batch, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Run a part of the body on packed cells: 0 the embeddings, n layer n - 1, and after the last the pooling.
+
+        Returns states (1, tokens, hidden) after part `stop` - 1, or with None what the head reads, (cells, hidden).
+        Where `start` is not 0, the ``states`` of the batch are taken to be those before it.
+        """
+        layers = self.bert.encoder.layer
+        states, packing = batch.get("states"), {"lengths": batch["lengths"], "bounds": batch["bounds"]}
+        if start == 0:
+            places = batch["position_ids"]
+            states = self.bert.embeddings(batch["input_ids"], torch.zeros_like(places), places)
+        for layer in layers[max(start - 1, 0) : None if stop is None else stop - 1]:
+            states = layer(states, None, **packing)
+        if stop is not None or start > len(layers):
+            return states
+        if self.config.pooling == "first":
+            return states[0, batch["bounds"][:-1]]
+        return torch.segment_reduce(states[0], "mean", lengths=batch["bounds"].diff(), axis=0, unsafe=True)
 
 
 def mean_state(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -185,27 +218,38 @@ class Cells(torch.utils.data.Dataset):
         Rows of the dataset; a row may be given more than once. None takes all.
     labels
         Number of the class of each of `rows`; goes into the batches.
+    packed
+        Whether the cells of a batch lie one after the other, as ``attention: auto`` reads them, instead of padded.
     """
 
     def __init__(
-        self, dataset: "datasets.Dataset", pad: int, *, rows: np.ndarray | None = None, labels: np.ndarray | None = None
+        self,
+        dataset: "datasets.Dataset",
+        pad: int,
+        *,
+        rows: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        packed: bool = False,
     ) -> None:
         self.table = dataset.select_columns(["input_ids"]).with_format("arrow")
         self.rows = np.arange(len(dataset)) if rows is None else np.asarray(rows)
-        self.lengths = dataset.select_columns(["length"]).to_pandas()["length"].to_numpy()[self.rows]
+        self.lengths = column(dataset, "length").to_numpy()[self.rows]
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        self.pad = pad
+        self.pad, self.packed = pad, packed
 
     def __len__(self) -> int:
         """Return the number of cells."""
         return len(self.rows)
 
     def __getitems__(self, places: list[int] | np.ndarray) -> Batch:
-        """Return the cells at some places as a batch, padded on the right to the longest of them.
+        """Return the cells at some places as a batch, padded on the right to the longest of them, or packed.
 
         input_ids int32 and attention_mask int64, (batch, length), and, if there are any, labels int64, (batch,).
+        Packed: input_ids and position_ids int32, (1, tokens); bounds int32, (batch + 1,); lengths and places, lists.
         """
         tokens = self.table[self.rows[places]]["input_ids"].combine_chunks()
+        if self.packed:
+            return self._packed(places, tokens)
         mask = np.arange(self.lengths[places].max()) < self.lengths[places][:, None]
         ids = np.full(mask.shape, self.pad, dtype=np.int32)
         ids[mask] = tokens.flatten().to_numpy()  # row after row
@@ -214,12 +258,47 @@ class Cells(torch.utils.data.Dataset):
             batch["labels"] = self.labels[places]
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
-    def sorted_batches(self, device: torch.device, batch_size: int = PREDICTION_BATCH) -> Iterator[tuple[Any, Batch]]:
-        """Give all cells once in batches of similar length: the places of each batch, and the batch on a device."""
-        order = np.argsort(self.lengths, kind="stable")
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            yield places, {name: values.to(device) for name, values in self.__getitems__(places).items()}
+    def only(self, places: np.ndarray) -> "Cells":
+        """Return some of the cells."""
+        part = copy.copy(self)
+        part.rows, part.lengths = self.rows[places], self.lengths[places]
+        part.labels = None if self.labels is None else self.labels[places]
+        return part
+
+    def _packed(self, places: list[int] | np.ndarray, tokens: Any) -> Batch:
+        lengths = self.lengths[places]
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        position = np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], lengths).astype(np.int32)
+        ids = tokens.flatten().to_numpy().astype(np.int32)
+        batch = {"input_ids": ids[None], "position_ids": position[None], "bounds": bounds.astype(np.int32)}
+        if self.labels is not None:
+            batch["labels"] = self.labels[places]
+        batch = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return batch | {"lengths": lengths.tolist(), "places": np.asarray(places).tolist()}
+
+    def sorted_batches(self, device: torch.device, most: int = PREDICTION_TOKENS) -> Iterator[tuple[Any, Batch]]:
+        """Give all cells once in batches of similar length: the places of each batch, and the batch on a device.
+
+        A batch has at most so many tokens, padding included, and one cell at least.
+        """
+        order, stop = np.argsort(self.lengths, kind="stable"), 0
+        while stop < len(order):
+            start, ascending = stop, self.lengths[order[stop : stop + most]]
+            fits = ascending * np.arange(1, len(ascending) + 1) <= most
+            stop = start + max(1, len(fits) if fits.all() else int(fits.argmin()))
+            yield order[start:stop], to_device(self.__getitems__(order[start:stop]), device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with its tensors on a device; the copy to a GPU does not wait."""
+    if device.type == "cuda":
+        batch = {name: one.pin_memory() if torch.is_tensor(one) else one for name, one in batch.items()}
+    return {name: one.to(device, non_blocking=True) if torch.is_tensor(one) else one for name, one in batch.items()}
+
+
+def column(dataset: "datasets.Dataset", name: str) -> "pa.ChunkedArray":
+    """Return one column of a dataset as Arrow has it: no object of Python for each cell."""
+    return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
 @torch.inference_mode()
@@ -248,8 +327,8 @@ def predict(
     parts, places = [], []
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for chosen, batch in cells.sorted_batches(device):
-            ids, mask = batch["input_ids"], batch["attention_mask"]
-            values = forward(batch) if forward else model(ids, mask).logits
+            batch.pop("labels", None)
+            values = forward(batch) if forward else model(**batch).logits
             parts.append(values.double().cpu().numpy())
             places.append(chosen)
     return np.concatenate(parts)[np.argsort(np.concatenate(places))]
@@ -271,7 +350,7 @@ class Fitted:
         bf16 is used if the model was trained in it and the hardware computes it natively.
         """
         device = hardware.device_of("auto")
-        cells = Cells(dataset, self.vocabulary.specials["<pad>"])
+        cells = Cells(dataset, self.vocabulary.specials["<pad>"], packed=True)
         bf16 = self.card["bf16"] and hardware.uses_bf16(device, "auto")
         logits = predict(self.model.to(device), cells, bf16=bf16)
         return losses.probabilities(torch.from_numpy(logits), self.card["loss"]).numpy()
@@ -302,7 +381,7 @@ def load(folder: Path) -> Fitted:
     """Read what `save` wrote; UserError if a file is missing or damaged."""
     card = read_json(folder / "model.json")
     config = read_config(folder)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "auto"
     model = CellClassifier(config)
     model.load_state_dict(read_weights(folder))
     return Fitted(model.eval(), Vocabulary.read(folder), card["classes"], card)

@@ -4,7 +4,10 @@ In: the settings of a run, and the tokens of exactly its cells. Out: log, cost, 
 model. How a model is trained, whatever it is trained on, is in `tuneformer.model.trainer`.
 """
 
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,19 +17,22 @@ import transformers
 from sklearn.metrics import f1_score
 from torch import nn
 from torch.utils.data import Sampler, WeightedRandomSampler
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tuneformer.artifacts import UserError
 from tuneformer.model import classifier, hardware, losses, strategies
-from tuneformer.model.classifier import Batch, Cells
+from tuneformer.model.classifier import Batch, Cells, column
+from tuneformer.model.frozen import Frozen
 from tuneformer.model.trainer import Training, TrainingFailed, train
 
 if TYPE_CHECKING:
+    import datasets
+
     from tuneformer.study import Study
     from tuneformer.tokens.encode import Tokens
 
 SPLITS = ("train", "validation", "test")
 PROBABILITY = "probability:"
+SORTED = 50  # batches whose cells are sorted by length at a time
 FEWEST_CHOOSING = 200  # validation cells; with five, most epochs tie, and what is chosen is chance
 
 
@@ -52,7 +58,7 @@ class Outcome(Training):
         return self.predictions[[PROBABILITY + name for name in self.classes]].to_numpy(float)
 
 
-def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
+def fit_cells(settings: "Study", tokens: "Tokens", frozen: Path | None = None) -> Outcome:
     """Fine-tune a classifier by the strategy of a run, and predict its test cells once.
 
     The recipe of the studies, in batches of cells of similar length. After each epoch the validation cells are
@@ -60,7 +66,9 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
     of the epoch with the lowest validation loss (of several the last). On a CPU a run gives the same numbers each time;
     strategies with the same seed see the same cells in the same order, and start from the same head.
 
-    `tokens` are exactly the cells of the run. A run that diverges or lacks memory returns, with a status that says so.
+    `tokens` are exactly the cells of the run; `frozen` is the folder of what frozen layers make of the cells of the
+    task (`tuneformer.model.frozen`), which all runs share; None computes it in each step. A run that diverges or lacks
+    memory returns, with a status that says so.
 
     Raises
     ------
@@ -68,12 +76,13 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
         A class lacks cells in a part, or the checkpoint, the device or the strategy cannot be used.
     """
     rows, classes = rows_of_splits(settings, tokens), list(tokens.classes)
-    labels = pd.Categorical(tokens.dataset.select_columns(["label"]).to_pandas()["label"], classes).codes
+    labels = codes(tokens.dataset, "label", classes)
     outcome = Outcome(classes=classes, **{f"n_{split}": len(at) for split, at in rows.items()})
     if settings.sampling == "upsampled":  # here, after every split: a copy of a training cell is a training cell
         rows["train"] = upsampled(rows["train"], labels[rows["train"]], np.random.default_rng([settings.seed, 6]))
     pad = tokens.vocabulary.specials["<pad>"]
-    cells = {split: Cells(tokens.dataset, pad, rows=at, labels=labels[at]) for split, at in rows.items()}
+    packed = settings.attention == "auto"
+    cells = {name: Cells(tokens.dataset, pad, rows=at, labels=labels[at], packed=packed) for name, at in rows.items()}
     counts = np.bincount(cells["train"].labels, minlength=len(classes))
     is_balanced = settings.sampling == "balanced"  # then every class is seen equally often
     criterion = losses.make_loss(settings, np.ones_like(counts) if is_balanced else counts)
@@ -85,11 +94,18 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
     steps = optimizer_steps(settings, tokens.step_cells or len(rows["train"]))
     every = steps // settings.epochs
 
+    below = Frozen(frozen, settings.frozen_cache_gb * 1e9, bf16=bf16)
+
+    def forward(split: str, batch: Batch) -> torch.Tensor:
+        return model(**below.inputs(model, cells[split], batch)).logits
+
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return criterion(model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
+        labels = batch.pop("labels")
+        return criterion(forward("train", batch), labels)
 
     def predicted(split: str) -> np.ndarray:
-        logits = torch.from_numpy(classifier.predict(model, cells[split], bf16=bf16))
+        logits = classifier.predict(model, cells[split], bf16=bf16, forward=functools.partial(forward, split))
+        logits = torch.from_numpy(logits)
         if not torch.isfinite(logits).all():
             msg = "the model predicts values that are not finite; set a smaller learning_rate, or precision: fp32."
             raise TrainingFailed(msg)
@@ -132,14 +148,23 @@ def rows_of_splits(settings: "Study", tokens: "Tokens") -> dict[str, np.ndarray]
         label, split = empty.index[0]
         msg = f"Class {label!r} has no {split} cells; give it more cells, or leave it out of classes."
         raise UserError(msg)
-    split = tokens.dataset.select_columns(["split"]).to_pandas()["split"]
-    return {name: np.flatnonzero(split == name) for name in SPLITS}
+    split = codes(tokens.dataset, "split", SPLITS)
+    return {name: np.flatnonzero(split == number) for number, name in enumerate(SPLITS)}
+
+
+def codes(dataset: "datasets.Dataset", name: str, values: Sequence[str]) -> np.ndarray:
+    """Return the place of each text of a column among `values`, (rows,); -1 where it is none of them."""
+    from pyarrow import array, compute
+
+    return compute.index_in(column(dataset, name), array(values)).fill_null(-1).to_numpy()
 
 
 def cells_table(tokens: "Tokens") -> pd.DataFrame:
     """Count the cells of a run by class (rows, and "all") and part (columns train, validation, test)."""
-    table = tokens.dataset.select_columns(["label", "split"]).to_pandas().astype(str)
-    counts = pd.crosstab(table["label"], table["split"]).reindex(index=tokens.classes, columns=SPLITS, fill_value=0)
+    label, split = codes(tokens.dataset, "label", tokens.classes), codes(tokens.dataset, "split", SPLITS)
+    counts = np.zeros((len(tokens.classes), len(SPLITS)), dtype=int)
+    np.add.at(counts, (label, split), 1)
+    counts = pd.DataFrame(counts, index=list(tokens.classes), columns=list(SPLITS))
     counts.loc["all"] = counts.sum()
     return counts
 
@@ -190,4 +215,30 @@ def order_of(settings: "Study", cells: Cells) -> Sampler[int]:
     if settings.sampling == "balanced":
         weights = 1 / np.bincount(cells.labels)[cells.labels]
         return WeightedRandomSampler(weights, len(cells), generator=generator)
-    return LengthGroupedSampler(settings.batch_size, lengths=cells.lengths, generator=generator)
+    return ByLength(cells.lengths, settings.batch_size, generator)
+
+
+class ByLength(Sampler[int]):
+    """Each cell once in a pass, in random batches of similar length; the longest cell first, so that memory shows.
+
+    As `LengthGroupedSampler` of transformers has it (50 batches at a time are sorted), but without lists of all cells.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, generator: torch.Generator) -> None:
+        self.lengths, self.batch_size, self.generator = lengths, batch_size, generator
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Give the places of the cells; the next pass has another order."""
+        order = torch.randperm(len(self), generator=self.generator).numpy().astype(np.int32)
+        size = self.batch_size * min(SORTED, max(1, len(self) // (self.batch_size * 4)))
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            order[start : start + size] = part[np.argsort(-self.lengths[part], kind="stable")]
+        longest = int(self.lengths[order[::size]].argmax()) * size  # a part begins with its longest cell
+        order[[0, longest]] = order[[longest, 0]]
+        for start in range(0, len(order), size):
+            yield from order[start : start + size].tolist()

@@ -42,7 +42,7 @@ class Plan:
     def group_of(self, name: str) -> str:
         """Return the group of a parameter, such as ``layer_0`` for bert.encoder.layer.0.output.dense.weight."""
         own = (group for group, pattern in self.groups.items() if re.search(pattern, name))
-        return next(own, _part_of(name))
+        return next(own, part_of(name))
 
     def learning(self, step: int, total_steps: int) -> frozenset[str]:
         """Return the groups that learn in a step, counted from 0."""
@@ -140,7 +140,7 @@ def prepare(settings: "Study", model: "nn.Module") -> Plan:
 
         peft.inject_adapter_in_model(peft.LoraConfig(**plan.adapters), model)
     names = [name for name, _ in model.named_parameters()]
-    parts, present = list(dict.fromkeys(map(_part_of, names))), set(map(plan.group_of, names))
+    parts, present = list(dict.fromkeys(map(part_of, names))), set(map(plan.group_of, names))
     n_body = 1 + model.config.num_hidden_layers
     known = [*parts[:n_body], *plan.groups, *parts[n_body:]]
     missing = {*plan.starts, *plan.factors} - {*known, *HEAD} | plan.groups.keys() - present
@@ -211,7 +211,7 @@ def training_flops(model: "nn.Module", plan: Plan, *, n_tokens: int, n_pairs: in
     learnt; padding included.
     """
     flops, reached = 0.0, False
-    for part, weights in groupby(model.named_parameters(), key=lambda named: _part_of(named[0])):
+    for part, weights in groupby(model.named_parameters(), key=lambda named: part_of(named[0])):
         in_part = [(name, weight, plan.group_of(name) in learning) for name, weight in weights]
         reached = reached or any(learns for *_, learns in in_part)
         if part.startswith("layer_"):
@@ -222,7 +222,7 @@ def training_flops(model: "nn.Module", plan: Plan, *, n_tokens: int, n_pairs: in
     return flops
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
     """Return the part of the model that a parameter belongs to: embeddings, layer_<n>, pooler, or its first word."""
     words = name.removeprefix("bert.").split(".")
     return f"layer_{words[2]}" if words[0] == "encoder" else words[0]

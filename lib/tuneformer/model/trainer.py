@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 LAST, LOWEST = "last epoch", "validation loss"
+UNCHECKED = 50  # steps on a GPU between two looks at the loss
 
 
 class TrainingFailed(RuntimeError):
@@ -86,7 +87,8 @@ class PlanCallback(TrainerCallback):
     learning: frozenset[str] | None = None
     step: str = ""
     passed: dict[frozenset[str], np.ndarray] = field(default_factory=dict)  # by what learnt: cells, tokens, pairs
-    epoch_loss: float = 0.0
+    epoch_loss: torch.Tensor | float = 0.0  # on the device: to read it is to wait for it
+    unchecked: int = 0
     epoch_cells: int = 0
     epoch_start: float = field(default_factory=time.perf_counter)
     best_epoch: int | None = None
@@ -106,22 +108,31 @@ class PlanCallback(TrainerCallback):
         ids = batch["input_ids"]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.loss(model, batch)
-        if not torch.isfinite(loss):
-            msg = f"the loss became {loss.item()} in {self.step}; set a smaller learning_rate, or precision: fp32."
-            raise TrainingFailed(msg)
-        n_cells, length = ids.shape
-        passed = n_cells * np.array([1, length, length**2])
+        lengths = np.array(batch.get("lengths") or [ids.shape[1]] * len(ids))
+        passed = np.array([len(lengths), lengths.sum(), (lengths**2).sum()])
         self.passed[self.learning] = self.passed.get(self.learning, 0) + passed
-        self.epoch_cells += n_cells
-        self.epoch_loss += loss.item() * n_cells
+        self.epoch_cells += len(lengths)
+        self.epoch_loss = self.epoch_loss + loss.detach().double() * len(lengths)
+        self.unchecked += 1
+        if ids.device.type == "cpu" or self.unchecked == UNCHECKED:
+            self.refuse_divergence(loss.detach())
         return loss
+
+    def refuse_divergence(self, loss: torch.Tensor | float = np.nan) -> None:
+        """Raise if a loss since the last check was not finite; on a GPU that waits for all that is under way."""
+        self.unchecked = 0
+        if not np.isfinite(float(self.epoch_loss)):
+            value = float(self.epoch_loss if np.isfinite(float(loss)) else loss)
+            msg = f"the loss became {value} in {self.step}; set a smaller learning_rate, or precision: fp32."
+            raise TrainingFailed(msg)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         """After the last step of an epoch, validate."""
         if state.global_step not in self.validate_at:
             return
+        self.refuse_divergence()
         epoch = len(state.log_history) + 1
-        row = {"epoch": epoch, "train_loss": self.epoch_loss / self.epoch_cells, **self.validate()}
+        row = {"epoch": epoch, "train_loss": float(self.epoch_loss) / self.epoch_cells, **self.validate()}
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in row.items() if name != "epoch")
         if self.lowest is None:
             self.best_epoch = epoch
@@ -221,6 +232,7 @@ def train(
             save_steps=max(1, steps // 10),
             save_total_limit=1,
             logging_strategy="no",
+            logging_nan_inf_filter=False,  # it waits for the loss of every step
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,

@@ -145,7 +145,7 @@ def test_the_last_epoch_is_kept_or_that_of_the_lowest_validation_loss_and_the_te
     monkeypatch.setattr(fit, "FEWEST_CHOOSING", fewest)
     losses_of(monkeypatch, *losses)
 
-    def predict(model, cells, *, bf16):
+    def predict(model, cells, *, bf16, forward):
         calls.append(
             {48: "train", 60: "test"}.get(cells.rows[0], "validation") if cells.rows[0] != 48 else "validation"
         )
@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_kept_as_a_failure(run_se
 
 
 def test_predictions_that_are_not_finite_are_a_failure(run_settings, tokens, monkeypatch):
-    monkeypatch.setattr(classifier, "predict", lambda model, cells, *, bf16: np.full((len(cells), 2), np.inf))
+    monkeypatch.setattr(classifier, "predict", lambda model, cells, *, bf16, forward: np.full((len(cells), 2), np.inf))
     outcome = fit.fit_cells(run_settings(), tokens)
     assert outcome.status == "failed"
     assert outcome.reason.startswith("the model predicts values that are not finite")
