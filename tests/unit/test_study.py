@@ -1,7 +1,6 @@
 """Studies: layers of files, arms, seeds and folds, and errors that say where and what."""
 
 import re
-import sys
 from itertools import pairwise
 
 import pytest
