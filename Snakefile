@@ -4,6 +4,7 @@
 import os
 import shlex
 import sys
+import time
 
 from tuneformer import paths, run
 from tuneformer.artifacts import key
@@ -11,6 +12,7 @@ from tuneformer.data import fetch
 from tuneformer.keys import CellsKeys, NAME_PATTERN, TokensKeys, TrainingKeys, TrainSetKeys
 from tuneformer.study import batch, jobs, load_study
 
+os.environ.setdefault(run.BATCH_START, str(time.time()))  # jobs say how much time is left
 STUDIES = batch(config.get("study", "default"))
 ASKED = {study: load_study(study) for study in STUDIES}
 JOBS = [job for study in STUDIES if ASKED[study].kind == "cells" for job in jobs(study)]

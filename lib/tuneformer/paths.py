@@ -112,6 +112,11 @@ def executed_path(notebook: str, settings: "Study") -> Path:
     return folder / f"{notebook}.ipynb"
 
 
+def job_table(settings: "Study") -> Path:
+    """Return the table that a job writes last: it alone proves that the job is finished."""
+    return executed_path("05", settings).with_suffix(".csv")
+
+
 def results_dir(study: str) -> Path:
     """Return the folder of the results of a study: of a batch that ran here, or else as committed."""
     here = RUNS / study / "results"

@@ -5,10 +5,14 @@ and one line on how it went; as a command, one sentence and an exit code above 0
 """
 
 import argparse
+import csv
 import logging
+import math
+import os
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tuneformer import paths
@@ -17,6 +21,8 @@ from tuneformer.params import read_value
 from tuneformer.study import Study, jobs, load_study
 
 TRAINING = "05_finetune_strategies"
+BATCH_START = "TUNEFORMER_BATCH_START"
+"""The environment variable in which a batch says when it began, in seconds since 1970."""
 WHOLE_STUDY = {"genes": "07_gene_dosage", "compression": "08_compress"}
 """The one notebook of a study of another kind than cells."""
 
@@ -27,7 +33,8 @@ class RunError(RuntimeError):
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     """Execute a notebook in its own folder; write its executed copy to `output`, also when it ends in a `RunError`."""
-    import papermill  # seconds of import that a finished job need not pay
+    sys.modules["rfc3987_syntax"] = None  # jsonschema takes it if it is there, to compile a grammar of addresses: 0.4 s
+    import papermill  # a second that a finished job need not pay
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
@@ -63,24 +70,45 @@ def run_notebook(notebook: Path, settings: Study, changes: dict[str, Any]) -> st
     if notebook.stem != TRAINING:
         execute(notebook, output, changes)
         return f"{paths.shown(output)}: {time.perf_counter() - start:.0f} s"
-    from tuneformer.evaluate import runs
-
-    rows = runs.finished_job(settings) if output.is_file() else None
-    took = "loaded"
-    if rows is None:
-        runs.job_path(settings).unlink(missing_ok=True)
+    table = paths.job_table(settings)
+    if output.is_file() and _is_finished(settings):
+        took = "loaded"
+    else:
+        table.unlink(missing_ok=True)
         execute(notebook, output, changes)
         took = f"{time.perf_counter() - start:.0f} s"
-        rows = runs.finished_job(settings)
-    if rows is None:
+    if not table.is_file():
         msg = f"{paths.shown(output)} ended without the rows of this job, which its last section has to write."
         raise RunError(msg)
-    asked = jobs(settings.study)
-    finished = sum(runs.job_path(job).is_file() for job in asked)
-    failed = int((rows["status"] != "ok").sum())
-    judged = f"macro-F1 {rows['macro_f1'].mean():.3f}" if failed < len(rows) else "no run succeeded"
-    judged += f" ({failed} of {len(rows)} runs failed)" if failed else ""
-    return f"{settings.study} [{finished}/{len(asked)}] {settings.task} {settings.arm}: {judged}, {took}"
+    tables = [paths.job_table(job) for job in jobs(settings.study)]
+    ended = [one.stat().st_mtime for one in tables if one.is_file()]
+    place = f"{settings.study} [{len(ended)}/{len(tables)}] {settings.task} {settings.arm}"
+    return f"{place}: {_judged(table)}, {took}{time_left(ended, len(tables) - len(ended))}"
+
+
+def time_left(ended: list[float], n_left: int) -> str:
+    """Say how long the jobs left will take, if they end as often as they did since the batch was started.
+
+    `ended` are the times at which jobs of the study ended. Outside a batch, which says when it began, nothing is said.
+    """
+    began, now = float(os.environ.get(BATCH_START, math.inf)), time.time()
+    since = sum(one >= began for one in ended)
+    return f", about {max(1, round((now - began) / since * n_left / 60))} min left" if since and n_left else ""
+
+
+def _is_finished(settings: Study) -> bool:
+    from tuneformer.evaluate import runs  # with anndata and datasets, which a new job leaves to its kernel
+
+    return runs.finished_job(settings) is not None
+
+
+def _judged(table: Path) -> str:
+    """Return how well the runs of a job did."""
+    with table.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    scores = [float(row["macro_f1"]) for row in rows if row["status"] == "ok"]
+    failed = f" ({len(rows) - len(scores)} of {len(rows)} runs failed)" if len(scores) < len(rows) else ""
+    return (f"macro-F1 {fmean(scores):.3f}" if scores else "no run succeeded") + failed
 
 
 def main(arguments: list[str] | None = None) -> int:

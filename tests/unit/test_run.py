@@ -6,7 +6,7 @@ import time
 import nbformat
 import pytest
 
-from tuneformer import paths
+from tuneformer import paths, run
 from tuneformer.study import load_study
 
 
@@ -92,3 +92,14 @@ def test_rows_of_something_else_are_not_taken(quick_repository):
     table.write_text(table.read_text().replace(key, "0123456789abcdef"))
     assert "loaded" not in quick_repository.run("05_finetune_strategies").stdout
     assert "loaded" in quick_repository.run("05_finetune_strategies").stdout
+
+
+def test_a_batch_says_how_much_time_is_left(monkeypatch):
+    """By the jobs that ended since it began, so that neither those of yesterday nor a pause before it count."""
+    now = time.time()
+    assert run.time_left([now], 3) == ""  # not in a batch
+    monkeypatch.setenv(run.BATCH_START, str(now - 600))
+    yesterday = [now - 80_000, now - 79_000]
+    assert run.time_left([*yesterday, now - 300, now], 4) == ", about 20 min left"
+    assert run.time_left([*yesterday, now - 300, now], 0) == ""
+    assert run.time_left(yesterday, 4) == ""

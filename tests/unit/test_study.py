@@ -1,8 +1,6 @@
 """Studies: layers of files, arms, seeds and folds, and errors that say where and what."""
 
 import re
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -292,13 +290,6 @@ def test_the_command_counts_the_runs_or_says_what_is_wrong(write, capsys):
     assert capsys.readouterr().out == "Study mine (cells): 5 arms, 2 tasks, 30 runs, 10 jobs\n"
     assert main(["mien"]) == 2
     assert "Did you mean mine?" in capsys.readouterr().err
-
-
-def test_reading_a_study_is_light():
-    """Snakemake reads studies at each start, so it must not wait for torch or scanpy."""
-    code = "import sys, tuneformer.study; print({'torch', 'scanpy', 'papermill', 'pandas', 'numpy'} & set(sys.modules))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "set()"
 
 
 def test_reading_a_study_does_not_change_its_file(write):

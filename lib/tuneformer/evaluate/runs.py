@@ -67,21 +67,16 @@ def run_job(settings: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def job_path(settings: Study) -> Path:
-    """Return the table that a job writes last: it alone proves that the job is finished."""
-    return paths.executed_path("05", settings).with_suffix(".csv")
-
-
 def finish_job(settings: Study, rows: pd.DataFrame) -> Path:
     """Write the rows of a job, whole or not at all; return the file."""
-    with atomic_path(job_path(settings)) as partial:
+    with atomic_path(paths.job_table(settings)) as partial:
         rows.to_csv(partial, index=False)
-    return job_path(settings)
+    return paths.job_table(settings)
 
 
 def finished_job(settings: Study) -> pd.DataFrame | None:
     """Return the rows of a job if it is finished and nothing that it depends on has changed."""
-    path = job_path(settings)
+    path = paths.job_table(settings)
     if not path.is_file():
         return None
     rows = pd.read_csv(path, dtype={"key": str})
