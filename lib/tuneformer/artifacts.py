@@ -15,6 +15,8 @@ from typing import Any
 
 import tuneformer
 
+_REMEMBERED: dict[str, tuple[str, Any]] = {}
+
 
 class UserError(ValueError):
     """Something that a user can mend; the message is one sentence that says what, where, and what to do."""
@@ -54,6 +56,14 @@ def made(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
                     make(partial)
                     (partial / "key").write_text(key + "\n", encoding="utf-8")
     return folder
+
+
+def remembered(what: str, key: str, make: Callable[[], Any]) -> Any:
+    """Return what this process made last of the inputs that `key` stands for; it must not be changed."""
+    if _REMEMBERED.get(what, ("",))[0] != key:
+        _REMEMBERED.pop(what, None)  # so that two are not in memory at once
+        _REMEMBERED[what] = key, make()
+    return _REMEMBERED[what][1]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ or made cells for training and validation beside the real test cells, drawn once
 """
 
 import dataclasses
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,12 @@ import anndata as ad
 import datasets
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from tuneformer import artifacts, paths
 from tuneformer.artifacts import UserError
 from tuneformer.cells import mixture, pseudobulk, synthetic
-from tuneformer.data import bulk, qc, splits
+from tuneformer.data import bulk, counts, qc, splits
+from tuneformer.data.qc import FILE
 from tuneformer.params import require_choice
 from tuneformer.study import Study, TrainSetKeys
 from tuneformer.tokens import encode
@@ -30,8 +31,8 @@ VERSION = "made.1"
 class Prepared:
     """The cells of one run: training, validation and test.
 
-    ``cells``: raw counts (float64 where points are means), ``obs`` label, split, n_counts; None where others tokenized
-    the cells. ``tokens``: their tokens, row by row.
+    ``cells``: raw counts (float64 where points are means), which are read from disk when ``X`` is asked for, ``obs``
+    label, split, n_counts; None where others tokenized the cells. ``tokens``: their tokens, row by row.
     """
 
     cells: ad.AnnData | None
@@ -46,7 +47,7 @@ def prepare(settings: Study) -> Prepared:
     if settings.train_set == "single_cell":
         return _single_cells(settings)
     folder = artifacts.made(paths.made_dir(settings), made_key(settings), lambda partial: _write(settings, partial))
-    return Prepared(ad.read_h5ad(folder / "cells.h5ad"), encode.read(folder))
+    return Prepared(counts.read_cells(folder / FILE)[:], encode.read(folder))
 
 
 def made_key(settings: Study) -> str:
@@ -74,8 +75,8 @@ def draw(settings: Study, obs: pd.DataFrame) -> dict[str, np.ndarray]:
     return part
 
 
-def make_cells(settings: Study, cells: ad.AnnData) -> tuple[ad.AnnData, int | None, list[str]]:
-    """Make what a run is trained on, if that is not single cells.
+def make_cells(settings: Study, cells: ad.AnnData, folder: Path) -> tuple[ad.AnnData, int | None, list[str]]:
+    """Make what a run is trained on, if that is not single cells, and write it to `FILE` in a folder.
 
     Everything is made of the single cells that a run on single cells with this seed is trained on (`draw`). Pseudo-bulk
     and synthetic cells are made of training and validation cells together, and one point of nine (``validation_share``)
@@ -98,18 +99,20 @@ def make_cells(settings: Study, cells: ad.AnnData) -> tuple[ad.AnnData, int | No
     real = {name: cells[rows] for name, rows in part.items()}
     with_real = settings.train_set == "mixture" or settings.validation_cells == "real"
     source = real["train"] if with_real else cells[np.sort(np.concatenate([part["train"], part["validation"]]))]
-    if settings.train_set == "mixture":
-        stratum, used = pseudobulk.strata(source, settings.dose_column), source
-        made = mixture.make(source, stratum, settings, rng=np.random.default_rng([settings.seed, 3]))
-        parts = [(one, "train") for one in made]
-    else:
-        points, used = POINTS[settings.train_set](settings, source)
-        split = split_points(points.obs["label"], settings)
-        parts = [(points[(split == name).to_numpy()], name) for name in ("train", "validation")]
-    if with_real:
-        parts.append((real["validation"], "validation"))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if settings.train_set == "mixture":
+            stratum, used, rng = pseudobulk.strata(source, settings.dose_column), source, [settings.seed, 3]
+            made = mixture.make(source, stratum, settings, rng=np.random.default_rng(rng), folder=Path(scratch))
+            parts = [(one, "train") for one in made]
+        else:
+            points, used = POINTS[settings.train_set](settings, source, Path(scratch))
+            split = split_points(points.obs["label"], settings)
+            parts = [(points[(split == name).to_numpy()], name) for name in ("train", "validation")]
+        if with_real:
+            parts.append((real["validation"], "validation"))
+        _write_joined([*parts, (real["test"], "test")], cells, folder / FILE)
     step_cells = len(part["train"]) if settings.steps_of == "single_cell" else None
-    return _joined([*parts, (real["test"], "test")], cells), step_cells, list(used.obs_names)
+    return counts.read_cells(folder / FILE), step_cells, list(used.obs_names)
 
 
 def split_points(labels: pd.Series, settings: Study) -> pd.Series:
@@ -142,15 +145,14 @@ def _single_cells(settings: Study) -> Prepared:
         labels = source.obs["label"].groupby(groups).first()
         step_cells = int((split_points(labels, settings) == "train").sum())
     tokens = dataclasses.replace(tokens, dataset=tokens.dataset.select(rows), step_cells=step_cells)
-    return Prepared(None if qc.has_no_counts(cells) else cells[rows].copy(), tokens)
+    return Prepared(None if qc.has_no_counts(cells) else cells[rows], tokens)
 
 
 def _write(settings: Study, folder: Path) -> None:
     """Make the cells of a run, and write them with their tokens."""
     cells = qc.prepare_cells(settings)
     real = encode.single_cell_tokens(settings, cells)
-    made, step_cells, names = make_cells(settings, cells)
-    made.write_h5ad(folder / "cells.h5ad", convert_strings_to_categoricals=False)
+    made, step_cells, names = make_cells(settings, cells, folder)
     longest = cap = encode.task_length(settings)
     if settings.token_length == "single_cell":  # noqa: S105 (no password)
         table = real.dataset.select_columns(["length", "split"]).to_pandas()
@@ -172,20 +174,20 @@ def _groups(settings: Study, source: ad.AnnData) -> tuple[pd.Series, np.ndarray,
     return stratum, pseudobulk.group_cells(stratum, k=settings.k, spread=settings.group_spread, rng=rng), rng
 
 
-def _pseudobulk(settings: Study, source: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
+def _pseudobulk(settings: Study, source: ad.AnnData, folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     """Make pseudo-bulk points, or draw one single cell of each group; return also the cells that they are made of."""
     stratum, groups, rng = _groups(settings, source)
-    options = {"strata": stratum, "name": settings.train_set}
+    options = {"strata": stratum, "name": settings.train_set, "folder": folder}
     if settings.aggregation == "one_cell":
         return pseudobulk.one_per_group(source, groups, rng=rng, **options), source
     points = pseudobulk.aggregate(source, groups, how=settings.aggregation, k=settings.k, **options)
     if settings.depth == "single_cell":
         depths = pseudobulk.one_per_group(source, groups, rng=rng, **options).obs["n_counts"].to_numpy()
-        points = pseudobulk.thin(points, depths, rng=rng)
+        points = pseudobulk.thin(points, depths, rng=rng, folder=folder)
     return points, source
 
 
-def _synthetic(settings: Study, source: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
+def _synthetic(settings: Study, source: ad.AnnData, folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     """Draw synthetic cells around means of single cells or of bulk samples; return also the cells that were used.
 
     There are as many of each stratum as it has single cells. Bulk samples have the doses of another experiment, over
@@ -217,11 +219,12 @@ def _synthetic(settings: Study, source: ad.AnnData) -> tuple[ad.AnnData, ad.AnnD
         rng=np.random.default_rng([settings.seed, 2]),
         name=settings.train_set,
         points=points,
+        folder=folder,
     )
     return made, source if points is None else source[reference]
 
 
-def _bulk(settings: Study, source: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
+def _bulk(settings: Study, source: ad.AnnData, folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     """Take the samples of a bulk table, which are made of none of the cells."""
     samples = bulk.load_bulk(settings, source)
     samples.obs["member_names"] = ""
@@ -231,8 +234,8 @@ def _bulk(settings: Study, source: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
 POINTS = {"pseudobulk": _pseudobulk, "synthetic": _synthetic, "bulk": _bulk}
 
 
-def _joined(parts: list[tuple[ad.AnnData, str]], cells: ad.AnnData) -> ad.AnnData:
-    """Put cells of several kinds below each other, each with its split; genes and classes are those of `cells`."""
+def _write_joined(parts: list[tuple[ad.AnnData, str]], cells: ad.AnnData, path: Path) -> None:
+    """Write cells of several kinds below each other, each with its split; genes and classes are those of `cells`."""
     table = pd.concat(
         part.obs.assign(
             label=part.obs["label"].astype(str),
@@ -244,5 +247,5 @@ def _joined(parts: list[tuple[ad.AnnData, str]], cells: ad.AnnData) -> ad.AnnDat
     )
     table["label"] = table["label"].astype(cells.obs["label"].dtype)
     table["split"] = table["split"].astype(cells.obs["split"].dtype)
-    counts = sparse.vstack([sparse.csr_matrix(part.X) for part, _ in parts], format="csr")
-    return ad.AnnData(counts, obs=table, var=cells.var)
+    ad.AnnData(obs=table, var=cells.var).write_h5ad(path, convert_strings_to_categoricals=False)
+    counts.write(path, (values for part, _ in parts for _, values in counts.chunks(part)))

@@ -5,6 +5,7 @@ In: the real training cells of a run and their strata. Out: the real and the mad
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -16,7 +17,7 @@ from tuneformer.study import Study
 
 
 def make(
-    cells: ad.AnnData, strata: pd.Series, settings: Study, *, rng: np.random.Generator
+    cells: ad.AnnData, strata: pd.Series, settings: Study, *, rng: np.random.Generator, folder: Path | None = None
 ) -> tuple[ad.AnnData, ad.AnnData]:
     """Make the training cells of a mixture: the real cells that stay, and the made cells.
 
@@ -49,6 +50,7 @@ def make(
         rank=settings.covariance_rank,
         rng=rng,
         name=settings.train_set,
+        folder=folder,
     )
 
 
@@ -71,4 +73,4 @@ def _copies(
     rows = np.concatenate([rng.choice(np.flatnonzero(strata == one), number) for one, number in numbers.items()])
     obs = cells.obs.iloc[rows].assign(members=1, member_names=cells.obs_names[rows])
     obs.index = [f"{name}_{number:05d}" for number in range(len(rows))]
-    return ad.AnnData(cells.X[rows], obs=obs, var=cells.var)
+    return ad.AnnData(cells[rows].X, obs=obs, var=cells.var)

@@ -2,8 +2,11 @@
 
 In: single cells with raw counts, and the stratum (class within dose) of each. Out: one point per group of about k
 cells, as the sum, mean or approximate mean of its counts; one cell of each group; or points thinned to the depth of
-single cells.
+single cells. Given a folder, counts of points stay on disk in it, and memory does not grow with their number.
 """
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -11,6 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from tuneformer.artifacts import UserError
+from tuneformer.data import counts
 from tuneformer.params import require_choice
 
 SEPARATOR = "\n"  # between the names in obs["member_names"]; a name may contain a space
@@ -79,7 +83,16 @@ def group_cells(strata: pd.Series, *, k: int, spread: float, rng: np.random.Gene
     return groups
 
 
-def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata: pd.Series, name: str) -> ad.AnnData:
+def aggregate(
+    cells: ad.AnnData,
+    groups: np.ndarray,
+    *,
+    how: str,
+    k: int,
+    strata: pd.Series,
+    name: str,
+    folder: Path | None = None,
+) -> ad.AnnData:
     """Make one point of each group of cells.
 
     Sums are stored as float32, which holds them exactly up to 2^24. Means stay float64: float32 would round them by up
@@ -98,6 +111,8 @@ def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata
         as if that number were not known.
     name
         Points are named ``<name>_0001`` and so on, in the order of the groups.
+    folder
+        Where ``X`` is kept (`counts.Counts`); None keeps it in memory.
 
     Returns
     -------
@@ -110,40 +125,61 @@ def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata
         A sum exceeds 2^24.
     """
     members = np.bincount(groups)
-    pairs = (groups, np.arange(cells.n_obs))
-    indicator = sparse.csr_matrix((np.ones(cells.n_obs), pairs), shape=(len(members), cells.n_obs))
-    counts = indicator @ sparse.csr_matrix(cells.X, dtype=np.float64)
-    counts.sort_indices()  # thinning draws in this order
-    if counts.nnz and counts.data.max() > EXACT:
-        msg = f"A gene has {counts.data.max():,.0f} counts in one point; sums are exact up to {EXACT:,}: lower k."
-        raise UserError(msg)
     divisor = {"sum": np.ones(len(members)), "mean": members, "approx_mean": np.full(len(members), k)}[how]
-    counts.data /= np.repeat(divisor, np.diff(counts.indptr))
+    totals = []
+
+    def entries() -> Iterator[counts.Entries]:
+        for part, values in counts.chunks(cells):
+            yield np.repeat(groups[part], np.diff(values.indptr)), values.indices, values.data
+
+    def points() -> Iterator[sparse.csr_matrix]:
+        shape = len(members), cells.n_vars
+        for first, sums in counts.by_row(entries(), shape, n_cells=cells.n_obs, dtype=np.float64):
+            sums.sort_indices()  # thinning draws in this order
+            if sums.nnz and sums.data.max() > EXACT:
+                msg = f"A gene has {sums.data.max():,.0f} counts in one point; sums are exact up to {EXACT:,}: lower k."
+                raise UserError(msg)
+            sums.data /= np.repeat(divisor[first : first + sums.shape[0]], np.diff(sums.indptr))
+            totals.append(np.asarray(sums.sum(axis=1)).ravel())
+            yield sums.astype(np.float32) if how == "sum" else sums
+
+    made = counts.collected(points(), folder)
     order = np.argsort(groups, kind="stable")
     first = np.cumsum(members) - members  # place in `order` where each group begins
     names = np.split(cells.obs_names.to_numpy(object)[order], first[1:])
     obs = _obs(cells, order[first], strata, name).assign(
-        n_counts=np.asarray(counts.sum(axis=1)).ravel(), members=members, member_names=list(map(SEPARATOR.join, names))
+        n_counts=np.concatenate(totals), members=members, member_names=list(map(SEPARATOR.join, names))
     )
-    return ad.AnnData(counts.astype(np.float32) if how == "sum" else counts, obs=obs, var=cells.var.copy())
+    return ad.AnnData(made, obs=obs, var=cells.var.copy())
 
 
 def one_per_group(
-    cells: ad.AnnData, groups: np.ndarray, *, rng: np.random.Generator, strata: pd.Series, name: str
+    cells: ad.AnnData,
+    groups: np.ndarray,
+    *,
+    rng: np.random.Generator,
+    strata: pd.Series,
+    name: str,
+    folder: Path | None = None,
 ) -> ad.AnnData:
     """Draw one cell of each group: as many points as `aggregate` makes, in the same order, but with one member each."""
     order = rng.permutation(cells.n_obs)
     rows = order[np.unique(groups[order], return_index=True)[1]]
-    counts = sparse.csr_matrix(cells.X[rows], dtype=np.float32)
+    totals = []
+
+    def drawn() -> Iterator[sparse.csr_matrix]:
+        for _, values in counts.chunks(cells[rows]):
+            totals.append(np.asarray(values.sum(axis=1, dtype=np.float64)).ravel())
+            yield values.astype(np.float32)
+
+    made = counts.collected(drawn(), folder)
     obs = _obs(cells, rows, strata, name).assign(
-        n_counts=np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel(),
-        members=1,
-        member_names=cells.obs_names.to_numpy(object)[rows],
+        n_counts=np.concatenate(totals), members=1, member_names=cells.obs_names.to_numpy(object)[rows]
     )
-    return ad.AnnData(counts, obs=obs, var=cells.var.copy())
+    return ad.AnnData(made, obs=obs, var=cells.var.copy())
 
 
-def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator) -> ad.AnnData:
+def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator, folder: Path | None = None) -> ad.AnnData:
     """Thin summed counts, so that a point has about the total count of a single cell.
 
     Each molecule of a point is kept with probability min(1, depth / total), so a count c becomes Binomial(c, that); the
@@ -151,25 +187,29 @@ def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator) ->
     same groups. Returns a copy of `points` with thinned ``X`` (float32) and the new ``obs["n_counts"]``; values that
     are not whole, as in means, are a UserError.
     """
-    counts = sparse.csr_matrix(points.X, dtype=np.float64, copy=True)  # eliminate_zeros works in place
-    if (counts.data != np.floor(counts.data)).any():
-        msg = (
-            "Only whole counts can be thinned, and these points are means; thin their sums, which have the same tokens."
-        )
-        raise UserError(msg)
-    totals = np.asarray(counts.sum(axis=1)).ravel()
-    kept = np.minimum(1, depths / np.maximum(totals, 1))
-    counts.data = rng.binomial(counts.data.astype(np.int64), np.repeat(kept, np.diff(counts.indptr))).astype(float)
-    counts.eliminate_zeros()
-    thinned = points.copy()
-    thinned.X = counts.astype(np.float32)
-    thinned.obs["n_counts"] = np.asarray(counts.sum(axis=1)).ravel()
-    return thinned
+    totals = []
+
+    def thinned() -> Iterator[sparse.csr_matrix]:
+        for part, whole in counts.chunks(points):
+            if (whole.data != np.floor(whole.data)).any():
+                msg = "Only whole counts can be thinned, and these points are means; thin their sums, which have the "
+                msg += "same tokens."
+                raise UserError(msg)
+            values = whole.astype(np.float64)
+            before = np.asarray(values.sum(axis=1)).ravel()
+            kept = np.repeat(np.minimum(1, depths[part] / np.maximum(before, 1)), np.diff(values.indptr))
+            values.data = rng.binomial(values.data.astype(np.int64), kept).astype(float)
+            values.eliminate_zeros()
+            totals.append(np.asarray(values.sum(axis=1)).ravel())
+            yield values.astype(np.float32)
+
+    made = counts.collected(thinned(), folder)
+    return ad.AnnData(made, obs=points.obs.assign(n_counts=np.concatenate(totals)), var=points.var.copy())
 
 
 def shared_columns(cells: ad.AnnData, strata: pd.Series) -> pd.DataFrame:
     """Return the obs columns with one value in each stratum, such as label and dose, which made cells take over."""
-    columns = cells.obs.drop(columns=["n_counts", "mito_share"], errors="ignore")
+    columns = cells.obs.drop(columns=["n_counts", "mito_share", "counts_hash"], errors="ignore")
     return columns.loc[:, columns.groupby(strata.to_numpy(), observed=True).nunique(dropna=False).eq(1).all()]
 
 

@@ -93,7 +93,7 @@ def compare(real: ad.AnnData, synthetic: ad.AnnData, *, seed: int) -> pd.Series:
 def drawn_counts(cells: ad.AnnData, number: int, rng: np.random.Generator) -> sparse.csr_array:
     """Draw `number` cells without replacement and return their counts, (cells, genes), without stored zeros."""
     rows = rng.permutation(cells.n_obs)[:number]
-    counts = sparse.csr_array(cells.X[rows], dtype=np.float64)
+    counts = sparse.csr_array(cells[rows].X, dtype=np.float64)
     counts.eliminate_zeros()
     return counts
 

@@ -65,7 +65,8 @@ transform: Sun et al. 2021, scDesign2 (doi:10.1186/s13059-021-02367-2), with fac
 matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -74,8 +75,10 @@ from scipy import sparse, special, stats
 
 from tuneformer.artifacts import UserError
 from tuneformer.cells.pseudobulk import shared_columns
+from tuneformer.data.counts import chunks, collected
 
 ENTRIES = 1_000_000  # cells x genes worked on at a time, 8 MB an array
+SOURCE_CELLS = 20_000  # most cells of a stratum from which it is estimated how single cells vary
 FACTOR_CELLS = 2000  # most cells from which the latent correlations of nb_copula are estimated
 POISSON = 1e-8  # smallest dispersion; below it, negative binomial and Poisson cannot be told apart
 SMALLEST_SD = 1e-6  # of a Gaussian gene, in counts; far below the rounding
@@ -96,8 +99,11 @@ def bulk_points(cells: ad.AnnData, strata: pd.Series) -> ad.AnnData:
     """
     codes = pd.Categorical(strata).remove_unused_categories()
     names, first, members = codes.categories, *np.unique(codes.codes, return_index=True, return_counts=True)[1:]
-    indicator = sparse.csr_matrix((1 / members[codes.codes], (codes.codes, np.arange(cells.n_obs))))
-    means = sparse.csr_matrix(indicator @ sparse.csr_matrix(cells.X, dtype=np.float64))
+    means = np.zeros(len(names) * cells.n_vars)
+    for part, values in chunks(cells):
+        stratum = np.repeat(codes.codes[part].astype(np.int64), np.diff(values.indptr))
+        np.add.at(means, stratum * cells.n_vars + values.indices, values.data * (1 / members[stratum]))
+    means = sparse.csr_matrix(means.reshape(len(names), cells.n_vars))
     obs = shared_columns(cells, strata).iloc[first].set_axis(names.astype(str))
     obs["stratum"] = pd.Categorical(names, categories=names)
     obs["n_counts"] = np.asarray(means.sum(axis=1)).ravel()
@@ -127,6 +133,7 @@ def generate(
     rng: np.random.Generator,
     name: str,
     points: ad.AnnData | None = None,
+    folder: Path | None = None,
 ) -> ad.AnnData:
     """Make synthetic cells of each stratum.
 
@@ -144,6 +151,8 @@ def generate(
         Most factors of ``gaussian_full`` and ``nb_copula``.
     points
         Bulk points to draw around, from `sample_points`; None takes those of `cells`.
+    folder
+        Where ``X`` is kept (`counts.Counts`); None keeps it in memory.
 
     Returns
     -------
@@ -163,22 +172,27 @@ def generate(
     if not len(wanted):
         msg = "No synthetic cell is asked for; ask for 1 or more in some stratum."
         raise UserError(msg)
-    if reference is not None:
-        draw = _fit(cells[reference], "the untreated class", generator, rank, rng)
-    parts = []
-    for stratum, number in wanted.items():
-        mean = points[stratum].X.toarray().ravel()
-        if not mean.any():
-            msg = f"The cells of stratum {stratum!r} have no counts, so no cells can be made from them; drop them."
-            raise UserError(msg)
-        if reference is None:
-            draw = _fit(cells[(strata == stratum).to_numpy()], f"stratum {stratum!r}", generator, rank, rng)
-        parts.append(_draw_all(draw, mean, int(number), rng, stratum))
-    counts = sparse.vstack(parts, format="csr", dtype=np.float32)
+    totals = []
+
+    def drawn() -> Iterator[sparse.csr_matrix]:
+        if reference is not None:
+            draw = _fit(cells[reference], "the untreated class", generator, rank, rng)
+        for stratum, number in wanted.items():
+            mean = points[stratum].X.toarray().ravel()
+            if not mean.any():
+                msg = f"The cells of stratum {stratum!r} have no counts, so no cells can be made from them; drop them."
+                raise UserError(msg)
+            if reference is None:
+                draw = _fit(cells[(strata == stratum).to_numpy()], f"stratum {stratum!r}", generator, rank, rng)
+            for values in _draw_all(draw, mean, int(number), rng, stratum):
+                totals.append(np.asarray(values.sum(axis=1, dtype=np.float64)).ravel())
+                yield values.astype(np.float32)
+
+    made = collected(drawn(), folder)
     obs = points.obs.loc[np.repeat(wanted.index.astype(str), wanted)].copy()
     obs.index = [f"{name}_{number:05d}" for number in range(1, len(obs) + 1)]
-    obs["n_counts"] = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-    return ad.AnnData(counts, obs=obs.assign(members=1, member_names=""), var=cells.var)
+    obs["n_counts"] = np.concatenate(totals)
+    return ad.AnnData(made, obs=obs.assign(members=1, member_names=""), var=cells.var)
 
 
 def gaussian(counts: sparse.csr_matrix, rank: int, rng: np.random.Generator) -> Draw:
@@ -261,25 +275,29 @@ def _sums(counts: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _fit(source: ad.AnnData, where: str, generator: str, rank: int, rng: np.random.Generator) -> Draw:
-    """Estimate from the cells of `where` how single cells vary."""
+    """Estimate from the cells of `where`, at most `SOURCE_CELLS` of them, how single cells vary."""
     if source.n_obs < 2:
         msg = (
             f"{generator} takes variances from 2 cells or more, and {where} has {source.n_obs}; give it more cells "
             "(train_cells), or take the variances of another class (variances: untreated, untreated_class)."
         )
         raise UserError(msg)
+    if source.n_obs > SOURCE_CELLS:
+        source = source[np.sort(rng.choice(source.n_obs, SOURCE_CELLS, replace=False))]
     fit, has_factors = GENERATORS[generator]
     return fit(sparse.csr_matrix(source.X, dtype=np.float64), rank if has_factors else 0, rng)
 
 
-def _draw_all(draw: Draw, mean: np.ndarray, number: int, rng: np.random.Generator, stratum: str) -> sparse.csr_matrix:
+def _draw_all(
+    draw: Draw, mean: np.ndarray, number: int, rng: np.random.Generator, stratum: str
+) -> Iterator[sparse.csr_matrix]:
     """Draw cells in pieces of bounded memory; draw those without any count again."""
     most = max(1, ENTRIES // len(mean))
-    parts, missing, left = [], number, TRIES
+    missing, left = number, TRIES
     while missing:
         part = draw(mean, min(missing, most), rng)
         part = part[np.diff(part.indptr) > 0]
-        parts.append(part)
+        yield part
         missing -= part.shape[0]
         left = TRIES if part.shape[0] else left - 1
         if not left:
@@ -288,7 +306,6 @@ def _draw_all(draw: Draw, mean: np.ndarray, number: int, rng: np.random.Generato
                 "cells without any, which have no tokens; leave the stratum out, or raise min_counts."
             )
             raise UserError(msg)
-    return sparse.vstack(parts, format="csr")
 
 
 def _principal_loadings(values: np.ndarray | sparse.csr_matrix, rank: int, rng: np.random.Generator) -> np.ndarray:

@@ -13,6 +13,7 @@ from scipy import sparse
 
 from tuneformer.artifacts import UserError, key
 from tuneformer.data import simulate
+from tuneformer.data.counts import chunks
 from tuneformer.data.fetch import file_hash
 from tuneformer.data.readers import VERSIONED
 from tuneformer.data.refusals import expanded_path, nearest, read_table
@@ -175,7 +176,7 @@ def _whole_numbers(counts: pd.DataFrame) -> pd.DataFrame:
 
 def _of_genes(counts: pd.DataFrame, cells: ad.AnnData) -> sparse.csr_matrix:
     """Return the counts of the genes of the cells, (samples, genes)."""
-    counted = np.asarray((cells.X != 0).sum(axis=0)).ravel() > 0
+    counted = sum(values.getnnz(axis=0) for _, values in chunks(cells)) > 0
     places = max(
         (counts.index.get_indexer(cells.var[column].astype(str)) for column in ("ensembl_id", "symbol")),
         key=lambda found: (found[counted] >= 0).sum(),

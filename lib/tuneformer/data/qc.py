@@ -1,7 +1,9 @@
 """Quality control: from raw counts to the labelled, split cells of one task.
 
-In: cells with raw counts and a study's limits. Out: the kept cells with ``obs`` label, n_counts, mito_share and split,
-stored once per task without the split; or one sentence that says what to change.
+In: cells with raw counts and a study's limits. Out: the kept cells with ``obs`` label, n_counts, mito_share and split;
+or one sentence that says what to change. What is stored once per task is the table of the cells and, if the source is
+an h5ad, which of its rows they are; counts of another source are stored too. Counts are read once, a few cells at a
+time.
 """
 
 from pathlib import Path
@@ -9,27 +11,30 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from tuneformer import paths
-from tuneformer.artifacts import UserError, key, made
-from tuneformer.data import readers, sources, splits
+from tuneformer.artifacts import UserError, key, made, remembered
+from tuneformer.data import counts, readers, sources, splits
 from tuneformer.data.refusals import require_column, require_values
 from tuneformer.study import CellsKeys, Study
 
 RULES = ("label", "min_counts", "max_counts", "max_mito_share")
 COUNT_BASELINES = ("logistic_counts", "knn_pca")  # those that read counts and not tokens
 FEW_CELLS = 10  # of a class, on average: below, the label column names cells or measures them
+FILE = "cells.h5ad"
 REMEDY = "set counts to raw or to the layer with raw counts"
 
 
-def prepare_cells(settings: Study) -> ad.AnnData:
+def prepare_cells(settings: Study, cells: ad.AnnData | None = None, flags: pd.DataFrame | None = None) -> ad.AnnData:
     """Return the quality-controlled, split cells of a study: from `paths.cells_dir` if they are there, else made.
+
+    Give what `sources.load` and `qc_flags` returned as `cells` and `flags` where they are at hand.
 
     Returns
     -------
-    AnnData (cells, genes): raw counts in ``X`` (CSR, float32); ``var`` ensembl_id, symbol; ``obs`` label (ordered
-    categorical), n_counts, mito_share, split (of the fold of `settings`), and the columns of the source;
+    AnnData (cells, genes): raw counts in ``X`` (`counts.Counts`, float32: of ``cells[rows]`` these rows are read);
+    ``var`` ensembl_id, symbol; ``obs`` label (ordered categorical), n_counts, mito_share, counts_hash, split (of the
+    fold of `settings`), and the columns of the source;
     ``uns["provenance"]``: key, dataset, simulated, data (key of the source), split (its key), n_cells, n_genes, and
     what was recognised in own data.
 
@@ -40,19 +45,30 @@ def prepare_cells(settings: Study) -> ad.AnnData:
     """
 
     def make(folder: Path) -> None:
-        cells = sources.load(settings)
-        check_cells(cells, settings)
-        cells = select_task_cells(keep_cells(cells, qc_flags(cells, settings)), settings)
-        split_cells(cells.copy(), settings)  # cells that cannot be split are not stored
-        cells.write_h5ad(folder / "cells.h5ad", compression="lzf")
+        loaded = sources.load(settings) if cells is None else cells
+        check_cells(loaded, settings)
+        measured = qc_flags(loaded, settings) if flags is None else flags
+        kept = select_task_cells(keep_cells(loaded, measured), settings)
+        split_cells(kept.copy(), settings)  # cells that cannot be split are not stored
+        counts.write_cells(folder / FILE, kept)
 
     if paths.is_tokenized(settings):
         _refuse_count_readers(settings)
-    folder = made(paths.cells_dir(settings), cells_key(settings.at(fold=None)), make)
-    adata = split_cells(ad.read_h5ad(folder / "cells.h5ad"), settings)
+    number = cells_key(settings)
+    made(paths.cells_dir(settings), cells_key(settings.at(fold=None)), make)
+    return remembered("cells", f"{paths.cells_dir(settings)} {number}", lambda: _read(settings, number)).copy()
+
+
+def _read(settings: Study, number: str) -> ad.AnnData:
+    """Read the stored cells of a task, and split them."""
+    path = paths.cells_dir(settings) / FILE
+    adata = split_cells(
+        counts.read_cells(path, lambda place: readers.counts_of(sources.source_path(settings), place, settings)),
+        settings,
+    )
     source = adata.uns["dataset"]
     adata.uns["provenance"] = {
-        "key": cells_key(settings),
+        "key": number,
         "dataset": source["name"],
         "simulated": bool(source["simulated"]),
         "data": source["hash"],
@@ -66,7 +82,7 @@ def prepare_cells(settings: Study) -> ad.AnnData:
 
 def cells_key(settings: Study) -> str:
     """Return the key of everything that cells and split depend on: parameters, fold and the source of the cells."""
-    return key("cells.1", settings.keys(CellsKeys), settings.fold, sources.source_key(settings))
+    return key("cells.2", settings.keys(CellsKeys), settings.fold, sources.source_key(settings))
 
 
 def check_cells(adata: ad.AnnData, settings: Study) -> None:
@@ -76,8 +92,7 @@ def check_cells(adata: ad.AnnData, settings: Study) -> None:
     ------
     UserError
         No cells or genes; a cell name or a gene identifier is not unique; the genes are not human; an obs column of the
-        task is missing, or that of the classes holds measurements or names of cells; ``X`` holds text, missing,
-        infinite, negative or, unless ``fractional_counts``, fractional values (normalised cells), or no count at all.
+        task is missing, or that of the classes holds measurements or names of cells. (`qc_flags` reads the counts.)
     """
     if not adata.n_obs or not (adata.n_vars or has_no_counts(adata)):
         msg = f"The data set has {adata.n_obs} cells and {adata.n_vars} genes; choose a file that has both."
@@ -105,8 +120,6 @@ def check_cells(adata: ad.AnnData, settings: Study) -> None:
             "classes."
         )
         raise UserError(msg)
-    if not has_no_counts(adata):
-        _refuse_no_counts(adata, settings)
 
 
 def has_no_counts(adata: ad.AnnData) -> bool:
@@ -115,7 +128,7 @@ def has_no_counts(adata: ad.AnnData) -> bool:
 
 
 def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
-    """Measure every cell and say which rules it fails.
+    """Measure every cell and say which rules it fails, in one pass over the counts.
 
     Source of the rules: the theses on sciplex2 (drug and dose known, 500 to 12,000 counts, at most 50 % mitochondrial).
 
@@ -124,18 +137,20 @@ def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
     One row per cell: ``n_counts``, ``n_genes`` (with a count), ``mito_share`` (0 to 1; NaN where no gene symbol begins
     with `mito_prefix`, or the cell has no count), and for every rule of `RULES`, named as its key in the params file,
     whether the cell fails it. A cell without a value in the label, selection, dose or group column fails ``label``. Of
-    a tokenized cell n_counts is NaN, and ``n_genes`` is the number of its tokens.
+    a tokenized cell n_counts is NaN, and ``n_genes`` is the number of its tokens. ``counts_hash`` is the same for two
+    cells with the same counts.
+
+    Raises
+    ------
+    UserError
+        ``X`` holds text, missing, infinite, negative or, unless ``fractional_counts``, fractional values (normalised
+        cells), or no count at all.
     """
     if has_no_counts(adata):
         flags = pd.DataFrame({"n_counts": np.nan, "n_genes": adata.obs["length"], "mito_share": np.nan})
+        flags["counts_hash"] = np.uint64(0)
     else:
-        from scanpy.pp import calculate_qc_metrics  # takes seconds, and cells that are there do without it
-
-        mito = adata.var["symbol"].astype(str).str.upper().str.startswith(settings.mito_prefix.upper()).to_numpy()
-        bare = ad.AnnData(adata.X, obs=adata.obs[[]], var=pd.DataFrame({"mito": mito}, index=adata.var_names))
-        measured, _ = calculate_qc_metrics(bare, qc_vars=["mito"], percent_top=None, log1p=False)
-        flags = measured[["total_counts", "n_genes_by_counts"]].set_axis(["n_counts", "n_genes"], axis=1)
-        flags["mito_share"] = measured["pct_counts_mito"] / 100 if mito.any() else np.nan
+        flags = _measured(adata, settings)
     needed = [settings.label, settings.select_column, settings.dose_column, settings.group_by]
     flags["label"] = adata.obs[[column for column in needed if column]].isna().any(axis=1)
     flags["min_counts"] = flags["n_counts"] < settings.min_counts
@@ -145,7 +160,7 @@ def qc_flags(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
 
 
 def keep_cells(adata: ad.AnnData, flags: pd.DataFrame) -> ad.AnnData:
-    """Return the cells that fail no rule, with ``obs`` n_counts and mito_share, and ``X`` as float32.
+    """Return the cells that fail no rule, with ``obs`` n_counts, mito_share, counts_hash, and ``X`` as float32.
 
     That every cell fails is a UserError.
     """
@@ -157,9 +172,10 @@ def keep_cells(adata: ad.AnnData, flags: pd.DataFrame) -> ad.AnnData:
             f"cell: {flags['n_counts'].median():g}); change the limits in the params file."
         )
         raise UserError(msg)
-    adata = adata[kept].copy()
-    adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
+    adata = counts.taken(adata, np.flatnonzero(kept))
+    adata.X = adata.X.astype(np.float32)
     adata.obs[["n_counts", "mito_share"]] = flags.loc[kept, ["n_counts", "mito_share"]].to_numpy(float)
+    adata.obs["counts_hash"] = flags.loc[kept, "counts_hash"].to_numpy()
     return adata
 
 
@@ -197,7 +213,7 @@ def select_task_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
         msg = f"obs column {settings.label!r} has one class, {classes[0]!r}; set label to a column with two or more."
         raise UserError(msg)
     kept = selected & labels.isin(classes).to_numpy()
-    adata = adata[kept].copy()
+    adata = counts.taken(adata, np.flatnonzero(kept))
     adata.obs["label"] = pd.Categorical(labels[kept], categories=classes, ordered=True)
     small = [] if settings.classes else sorted(set(sizes.index) - set(classes))
     if small:
@@ -218,30 +234,46 @@ def split_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
     return adata
 
 
-def _refuse_no_counts(adata: ad.AnnData, settings: Study) -> None:
-    """Refuse values that are no raw counts, naming the first one."""
-    values = sparse.csr_matrix(adata.X)
+def _measured(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
+    """Take total, genes, mitochondrial share and hash of each cell from its counts; refuse values that are no counts.
+
+    The sentence is about the first kind of fault that there is anywhere, and names the first such value.
+    """
     where = "the recovered counts" if settings.dataset == "pbmc68k" else settings.counts
-    if values.dtype.kind not in "iuf":
-        msg = f"{where} holds {values.dtype} values, not numbers; {REMEDY}."
+    if adata.X.dtype.kind not in "iuf":
+        msg = f"{where} holds {adata.X.dtype} values, not numbers; {REMEDY}."
         raise UserError(msg)
-    data = values.data
-    faults = {"missing (NaN)": np.isnan(data), "infinite": np.isinf(data), "negative": data < 0}
+    mito = adata.var["symbol"].astype(str).str.upper().str.startswith(settings.mito_prefix.upper()).to_numpy()
+    is_fault = {"missing (NaN)": np.isnan, "infinite": np.isinf, "negative": lambda data: data < 0}
     if not settings.fractional_counts:
-        faults["fractional"] = data != np.floor(data)
-    for what, wrong in faults.items():
-        if wrong.any():
-            first = int(np.argmax(wrong))
-            cell = adata.obs_names[np.searchsorted(values.indptr, first, side="right") - 1]
-            gene = adata.var["ensembl_id"].iloc[values.indices[first]]
-            msg = (
-                f"{where} holds {what} values ({wrong.sum()} of them; the first is {data[first]:g} for gene {gene} in "
-                f"cell {cell}), so these are not raw counts; {REMEDY}."
-            )
-            raise UserError(msg)
-    if not data.any():
+        is_fault["fractional"] = lambda data: data != np.floor(data)
+    number, first, parts = dict.fromkeys(is_fault, 0), {}, []
+    for part, values in counts.chunks(adata):
+        for what, test in is_fault.items():
+            wrong = test(values.data)
+            number[what] += int(wrong.sum())
+            if number[what] and what not in first:
+                at = int(wrong.argmax())
+                cell = adata.obs_names[part.start + np.searchsorted(values.indptr, at, side="right") - 1]
+                first[what] = values.data[at], adata.var["ensembl_id"].iloc[values.indices[at]], cell
+        total = np.asarray(values.sum(axis=1)).ravel()
+        columns = {"n_counts": total, "n_genes": values.getnnz(axis=1), "mito": values @ mito.astype(total.dtype)}
+        parts.append(pd.DataFrame(columns | {"counts_hash": counts.hashes(values)}))
+    if first:
+        what = next(what for what in is_fault if what in first)
+        value, gene, cell = first[what]
+        msg = (
+            f"{where} holds {what} values ({number[what]} of them; the first is {value:g} for gene {gene} in cell "
+            f"{cell}), so these are not raw counts; {REMEDY}."
+        )
+        raise UserError(msg)
+    flags = pd.concat(parts).set_axis(adata.obs_names)
+    if not flags["n_genes"].any():
         msg = f"{where} holds no count at all; {REMEDY}."
         raise UserError(msg)
+    share = flags.pop("mito") / flags["n_counts"] * 100 / 100  # percent first, as scanpy has it: the same rounding
+    flags.insert(2, "mito_share", share if mito.any() else np.nan)
+    return flags
 
 
 def _refuse_count_readers(settings: Study) -> None:

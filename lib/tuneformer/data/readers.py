@@ -1,7 +1,7 @@
-"""Read cells with raw counts, without ever holding a dense copy of them, and say what was recognised.
+"""Read cells with raw counts, which stay on disk where they are in an h5ad, and say what was recognised.
 
 In: a file of yours (an h5ad, a 10x h5, a 10x folder), or the PBMC that scanpy carries; a tokenized data set in the
-official format, which has no counts. Out: AnnData with sparse counts in ``X``, the cell table in ``obs``,
+official format, which has no counts. Out: AnnData with counts in ``X``, the cell table in ``obs``,
 ``var["ensembl_id"]`` and ``var["symbol"]``; or one sentence that says what to change.
 """
 
@@ -17,8 +17,9 @@ import pandas as pd
 from scipy import io, sparse
 
 from tuneformer import paths
-from tuneformer.artifacts import UserError
-from tuneformer.data import fetch
+from tuneformer.artifacts import UserError, key, made
+from tuneformer.data import counts, fetch
+from tuneformer.data.counts import Counts
 from tuneformer.data.refusals import expanded_path, explained, nearest, read_table
 from tuneformer.data.unpickle import read_pickle
 from tuneformer.study import Study
@@ -27,7 +28,6 @@ ENSEMBL = re.compile(r"^ENS([A-Z]*)G[0-9]{11}(\.[0-9]+)?(_PAR_Y)?$")
 VERSIONED = re.compile(r"^(ENS[A-Z]*G[0-9]{11})\.[0-9]+(_PAR_Y)?$")
 MOUSE_SYMBOL = re.compile(r"^(mt-)?[A-Z][a-z][A-Za-z0-9.-]*$")  # Gapdh, mt-Nd1; human symbols are capitals: GAPDH
 MOST = 0.5  # of the names have to be of a kind before all are taken to be
-ROWS = 4000  # rows of a dense file that are read at once
 AUTO = ("counts", "raw", "X")  # places that counts: auto looks at, in this order; the first is a layer
 SYMBOL_COLUMNS = ("symbol", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "feature_name")
 
@@ -63,7 +63,7 @@ def read_h5ad(path: Path, settings: Study) -> ad.AnnData:
 
     Returns
     -------
-    AnnData (cells, genes): ``X`` as stored, as a sparse matrix by rows; ``obs`` as stored; ``var`` with ``ensembl_id``
+    AnnData (cells, genes): ``X`` as stored, as `Counts`; ``obs`` as stored; ``var`` with ``ensembl_id``
     (without version, also the index) and ``symbol``, each gene once; ``uns["recognised"]`` as `read_own`.
 
     Raises
@@ -71,22 +71,34 @@ def read_h5ad(path: Path, settings: Study) -> ad.AnnData:
     UserError
         No such layer or column; not an h5ad; no place with raw counts; an Ensembl identifier given twice.
     """
-    counts = settings.counts
+    name = settings.counts
     with explained(path, "an h5ad file", "write it again with anndata's write_h5ad"), h5py.File(path) as file:
         places = {"X": "X", "raw": "raw/X"} | {layer: f"layers/{layer}" for layer in file.get("layers", ())}
-        places = {name: place for name, place in places.items() if place in file}
-        if counts == "auto":
-            counts, matrix = _first_counts(file, places, path)
-        elif counts not in places:
-            msg = f"{path} has no counts in {counts!r}; set counts to one of: {', '.join(places)}."
+        places = {place: where for place, where in places.items() if where in file}
+        if name == "auto":
+            name = _first_counts(file, places, path)
+        elif name not in places:
+            msg = f"{path} has no counts in {name!r}; set counts to one of: {', '.join(places)}."
             raise UserError(msg)
-        else:
-            matrix = _read_sparse(file[places[counts]])
-        table = "raw.var" if counts == "raw" else "var"
+        table = "raw.var" if name == "raw" else "var"
         obs, var = ad.io.read_elem(file["obs"]), ad.io.read_elem(file[table.replace(".", "/")])
     genes, found = _genes(var, settings, path.name, table)
-    place = counts if counts in ("X", "raw") else f"layers[{counts!r}]"
+    matrix = counts_of(path, places[name], settings)
+    place = name if name in ("X", "raw") else f"layers[{name!r}]"
     return summed(matrix, obs, genes, {"file": "h5ad", "counts": place, "gene identifiers": found})
+
+
+def counts_of(path: Path, place: str, settings: Study) -> Counts:
+    """Return the counts at a place of an h5ad; a matrix by columns is written by rows once, beside the task's cells."""
+    if not counts.is_by_columns(path, place):
+        return Counts(path, place)
+    number = key("by_rows", fetch.file_hash(path), place)
+    folder = made(
+        paths.task_dir(settings) / "by_rows",
+        number,
+        lambda partial: counts.write_by_rows(path, place, partial / counts.BY_ROWS),
+    )
+    return Counts(folder / counts.BY_ROWS, origin=place)
 
 
 def read_10x(path: Path, settings: Study) -> ad.AnnData:
@@ -191,14 +203,18 @@ def recover_counts(values: sparse.spmatrix, *, totals: np.ndarray) -> sparse.csr
     return sparse.csr_matrix((counts.round().astype(np.float32), scaled.indices, scaled.indptr), shape=scaled.shape)
 
 
-def summed(matrix: sparse.csr_matrix, obs: pd.DataFrame, genes: pd.DataFrame, recognised: dict[str, str]) -> ad.AnnData:
+def summed(
+    matrix: sparse.csr_matrix | Counts, obs: pd.DataFrame, genes: pd.DataFrame, recognised: dict[str, str]
+) -> ad.AnnData:
     """Make the AnnData; the counts of genes that have the same identifier are summed, which is noted."""
     first = ~genes["ensembl_id"].duplicated()
     if not first.all():
         codes, ids = pd.factorize(genes["ensembl_id"])
-        ones = np.ones(len(codes), dtype=matrix.dtype)
-        gather = sparse.csr_matrix((ones, (np.arange(len(codes)), codes)), shape=(len(codes), len(ids)))
-        matrix, genes = sparse.csr_matrix(matrix @ gather), genes[first]
+        if isinstance(matrix, Counts):
+            matrix = matrix.summed(codes, len(ids))
+        else:
+            matrix = sparse.csr_matrix(matrix @ counts.gather(codes, len(ids), matrix.dtype))
+        genes = genes[first]
         recognised = recognised | {"genes summed": f"{(~first).sum():,}, which have the identifier of another one"}
     var = genes.set_index("ensembl_id", drop=False).rename_axis("gene")
     return ad.AnnData(matrix, obs=obs, var=var, uns={"recognised": recognised})
@@ -241,13 +257,12 @@ def foreign_species(ids: Iterable[str], symbols: Iterable[str]) -> tuple[str, st
     return ("mouse or rat", mouse.iloc[0]) if len(mouse) > MOST * len(symbols) else None
 
 
-def _first_counts(file: h5py.File, places: dict[str, str], path: Path) -> tuple[str, sparse.csr_matrix]:
-    """Return the first place of `AUTO` that holds raw counts, and its matrix."""
+def _first_counts(file: h5py.File, places: dict[str, str], path: Path) -> str:
+    """Return the first place of `AUTO` that holds raw counts."""
     looked = [name for name in AUTO if name in places]
     for name in looked:
-        matrix = _read_sparse(file[places[name]])
-        if _are_counts(matrix.data):
-            return name, matrix
+        if _are_counts(file[places[name]]):
+            return name
     shown = ", ".join(name if name != "counts" else 'layers["counts"]' for name in looked)
     others = [name for name in places if name not in AUTO]
     advice = f"set counts to the layer that has them ({', '.join(others)})" if others else "give the cells before that"
@@ -258,19 +273,18 @@ def _first_counts(file: h5py.File, places: dict[str, str], path: Path) -> tuple[
     raise UserError(msg)
 
 
-def _are_counts(values: np.ndarray) -> bool:
-    """Return whether values are whole numbers, none below 0 and not all 0."""
-    if values.dtype.kind not in "iuf" or not values.any():
+def _are_counts(stored: h5py.Group | h5py.Dataset) -> bool:
+    """Return whether the values of a matrix are whole numbers, none below 0 and not all 0."""
+    stored = stored["data"] if isinstance(stored, h5py.Group) else stored
+    if stored.dtype.kind not in "iuf":
         return False
-    return bool(np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all())
-
-
-def _read_sparse(stored: h5py.Group | h5py.Dataset) -> sparse.csr_matrix:
-    """Read a matrix by rows: a sparse one as it is, a dense one piece by piece."""
-    if isinstance(stored, h5py.Dataset):
-        pieces = [sparse.csr_matrix(stored[start : start + ROWS]) for start in range(0, max(len(stored), 1), ROWS)]
-        return sparse.vstack(pieces, format="csr")
-    return sparse.csr_matrix(ad.io.read_elem(stored))
+    step, found = max(1, counts.VALUES // max(int(np.prod(stored.shape[1:])), 1)), False
+    for start in range(0, len(stored), step):
+        values = stored[start : start + step]
+        if not (np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all()):
+            return False
+        found |= bool(values.any())
+    return found
 
 
 def _is_10x(path: Path) -> bool:

@@ -18,6 +18,7 @@ from scipy import sparse
 
 from tuneformer.artifacts import UserError
 from tuneformer.data import readers
+from tuneformer.data.counts import Counts
 from tuneformer.data.refusals import explained, nearest, require_column, require_values
 from tuneformer.data.simulate import DRUGS
 from tuneformer.study import Study
@@ -161,12 +162,13 @@ def read_sciplex3(path: Path, settings: Study) -> ad.AnnData:
         var = _var_table(ad.io.read_elem(file["var"]), path)
         obs = _design_3(ad.io.read_elem(file["obs"]), path)
         asked, is_human = _is_asked(obs, settings), var["ensembl_id"].str.startswith("ENSG").to_numpy()
-        matrix = ad.io.sparse_dataset(file["X"])[asked][:, is_human]
     obs = obs[asked].copy()
     for name in obs.select_dtypes("category"):
         obs[name] = obs[name].cat.remove_unused_categories()
     recognised = {"file": "sci-Plex 3, harmonised (scPerturb)", "cells read": f"{len(obs):,}"}
-    return _assembled(sparse.csr_matrix(matrix), obs, var[is_human], recognised)
+    matrix = readers.counts_of(path, "X", settings).taken(np.flatnonzero(asked))
+    matrix = matrix.summed(np.where(is_human, np.cumsum(is_human) - 1, -1), is_human.sum())
+    return _assembled(matrix, obs, var[is_human], recognised)
 
 
 def _design_3(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -249,7 +251,9 @@ def _var_table(var: pd.DataFrame, path: Path) -> pd.DataFrame:
     return pd.DataFrame({"ensembl_id": ids, "symbol": symbols})
 
 
-def _assembled(matrix: sparse.csr_matrix, obs: pd.DataFrame, var: pd.DataFrame, said: dict[str, str]) -> ad.AnnData:
+def _assembled(
+    matrix: sparse.csr_matrix | Counts, obs: pd.DataFrame, var: pd.DataFrame, said: dict[str, str]
+) -> ad.AnnData:
     """Make the AnnData: identifiers without version, counts of genes with the same identifier summed."""
     if matrix.shape != (len(obs), len(var)):
         msg = f"The counts have the shape {matrix.shape}, but there are {len(obs):,} cells and {len(var):,} genes."

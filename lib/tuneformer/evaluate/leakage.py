@@ -5,7 +5,7 @@ otherwise one sentence with what is wrong, how often, an example, and what to do
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from tuneformer import paths
 from tuneformer.artifacts import UserError
-from tuneformer.data import qc
+from tuneformer.data import counts, qc
 from tuneformer.study import Study
 from tuneformer.tokens import encode
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tuneformer.cells.make import Prepared
     from tuneformer.model.fit import Outcome
     from tuneformer.tokens.encode import Tokens
-
-FEW_VALUES = 10  # cells with at most so many genes may agree by chance
 
 Faults = Iterator[tuple[str, Iterable[str], str]]
 """What is wrong, the names of the cells (or groups, genes) of which it is, and what to do."""
@@ -120,16 +118,16 @@ def _of_sources(table: pd.DataFrame, obs: pd.DataFrame, sources: list[str], sett
 def _of_values(table: pd.DataFrame, prepared: "Prepared") -> Faults:
     """Look for test cells with the very counts, or tokens, of a cell that is trained or validated on."""
     if prepared.cells is not None:
-        counts = prepared.cells.X.tocsr().sorted_indices()
-        bounds, parts, what = counts.indptr, (counts.indices, counts.data), "counts"
+        what, known = "counts", prepared.cells.obs.get("counts_hash")  # quality control has read them all
+        parts = (counts.hashes(values) for _, values in counts.chunks(prepared.cells)) if known is None else [known]
     else:
-        lists = prepared.tokens.dataset.select_columns(["input_ids"]).with_format("arrow")[:]
-        ids = lists["input_ids"].combine_chunks()
-        bounds, parts, what = ids.offsets.to_numpy(), (ids.values.to_numpy(),), "tokens"
-    rows = np.array([b"".join(part[start:end].tobytes() for part in parts) for start, end in pairwise(bounds)], object)
-    is_test, is_long = (table["split"] == "test").to_numpy(), np.diff(bounds) > FEW_VALUES
-    learnt = set(rows[~is_test & is_long])
-    same = [name for name, row in zip(table["cell"][is_test], rows[is_test], strict=True) if row in learnt]
+        what, lists = "tokens", prepared.tokens.dataset.select_columns(["input_ids"]).with_format("arrow")
+        batches = (batch["input_ids"].combine_chunks() for batch in lists.iter(counts.CELLS))
+        parts = (counts.list_hashes(ids.offsets.to_numpy(), ids.values.to_numpy()) for ids in batches)
+    hashes = np.concatenate(list(parts))
+    is_test = (table["split"] == "test").to_numpy()
+    learnt = np.setdiff1d(hashes[~is_test], [0])
+    same = table["cell"][is_test][np.isin(hashes[is_test], learnt)]
     yield f"test cells with the {what} of a cell that is trained on", same, "drop repeated cells before the split"
 
 

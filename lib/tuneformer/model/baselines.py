@@ -8,7 +8,7 @@ cells are predicted once.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,10 +25,11 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit, StratifiedKFo
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
-from sklearn.utils.sparsefuncs import mean_variance_axis
+from sklearn.utils.sparsefuncs import incr_mean_variance_axis
 from threadpoolctl import threadpool_limits
 
 from tuneformer.artifacts import UserError
+from tuneformer.data import counts
 from tuneformer.model import fit as fitting
 from tuneformer.model import hardware
 from tuneformer.model.classifier import Batch, Cells, build, mean_state, predict
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tuneformer.tokens.encode import Tokens
 
 VARIABLE_GENES = 2000
+CELLS = 100_000  # whose counts are in memory at once
 COMPONENTS = 50
 STRENGTHS = [10.0**power for power in range(-5, 3)]  # C of scikit-learn, 1 / penalty; the small ones suit 2,000 genes
 NEIGHBOURS = [100, 50, 20, 10, 5, 3]
@@ -136,14 +138,16 @@ def variable_genes(settings: Study, prepared: "Prepared", train: np.ndarray) -> 
     if prepared.cells is None:
         msg = f"strategy: {settings.strategy} reads counts, and this data set has tokens only; leave the arm out."
         raise UserError(msg)
-    counts = sparse.csr_matrix(prepared.cells.X)
 
-    def log_normalised(rows: np.ndarray) -> sparse.csr_matrix:
-        return (normalize(counts[rows].astype(np.float64), norm="l1") * TARGET_SUM).log1p()
+    def log_normalised(rows: np.ndarray) -> Iterator[sparse.csr_matrix]:
+        for _, values in counts.chunks(prepared.cells[rows], CELLS):
+            yield (normalize(values.astype(np.float64), norm="l1") * TARGET_SUM).log1p()
 
-    _, variances = mean_variance_axis(log_normalised(train), axis=0)
-    genes = np.sort(np.argsort(-variances, kind="stable")[:VARIABLE_GENES])
-    return lambda rows: log_normalised(rows)[:, genes].toarray()
+    mean, variance, n = np.zeros(prepared.cells.n_vars), np.zeros(prepared.cells.n_vars), 0
+    for values in log_normalised(train):
+        mean, variance, n = incr_mean_variance_axis(values, axis=0, last_mean=mean, last_var=variance, last_n=n)
+    genes = np.sort(np.argsort(-variance, kind="stable")[:VARIABLE_GENES])
+    return lambda rows: np.concatenate([values[:, genes].toarray() for values in log_normalised(rows)])
 
 
 def rank_features(settings: Study, prepared: "Prepared", train: np.ndarray) -> Features:

@@ -45,7 +45,7 @@ def expression_features(settings: Study, task: "GeneTask", cells: "ad.AnnData") 
     counts per 10,000; share of the cells with the gene among their tokens; its mean place there (0: first, 1: last).
     """
     context = task.tokens.dataset.select(task.context)
-    part = cells[context["cell"][:]]
+    part = cells[context["cell"][:]].to_memory()
     codes = pd.Index(task.genes["gene"]).get_indexer(task.tokens.vocabulary.resolve(gene_ids(part)))
     totals = np.asarray(part.X.sum(axis=1)).ravel()
     scaled = sparse.diags(TARGET_SUM / totals) @ counts_by_gene(part, codes, len(task.genes))

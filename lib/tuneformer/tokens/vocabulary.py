@@ -5,7 +5,7 @@ In: a checkpoint's folder (``vocabulary.parquet``, or Geneformer's official pick
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ import pandas as pd
 from scipy import sparse
 
 from tuneformer import paths
-from tuneformer.artifacts import UserError, atomic_path
+from tuneformer.artifacts import UserError, atomic_path, key, remembered
+from tuneformer.data import counts
 from tuneformer.data.unpickle import read_pickle
 
 if TYPE_CHECKING:
@@ -115,9 +116,16 @@ class Vocabulary:
         ``ensembl_mapping_dict*.pkl`` (Geneformer, Theodoris et al. 2023, doi:10.1038/s41586-023-06139-9). Below the
         downloads folder the vocabulary is then kept as ``vocabulary.parquet``.
 
-        A file that is missing, ambiguous or has anything but the table it should is a UserError.
+        A file that is missing, ambiguous or has anything but the table it should is a UserError. What was read is
+        remembered until a file changes.
         """
         folder = Path(folder)
+        files = sorted(file for pattern in (FILE, "*dict*.pkl") for file in folder.glob(pattern))
+        state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return remembered(f"vocabulary {folder}", key(state), lambda: cls._read(folder))
+
+    @classmethod
+    def _read(cls, folder: Path) -> "Vocabulary":
         if (folder / FILE).is_file():
             return cls._from_table(folder / FILE)
         tokens = read_dictionary(_the_file(folder, "token_dictionary*.pkl"))
@@ -199,22 +207,25 @@ def gene_ids(adata: "AnnData") -> pd.Index:
 
 
 def counts_by_gene(adata: "AnnData", codes: np.ndarray, n_genes: int) -> sparse.csr_matrix:
-    """Sum the raw counts of the genes that share a code (genes of `adata`,); -1 leaves a gene out.
+    """Sum the raw counts of genes as `genes_summed`, of all cells at once."""
+    return genes_summed(sparse.csr_matrix(adata.X), codes, n_genes)
+
+
+def genes_summed(values: sparse.csr_matrix, codes: np.ndarray, n_genes: int) -> sparse.csr_matrix:
+    """Sum the raw counts of the genes that share a code (genes,); -1 leaves a gene out.
 
     Returns (cells, `n_genes`), float64 without stored zeros; a negative or not finite count is a UserError.
     """
-    counts = sparse.csr_matrix(adata.X, dtype=np.float64)
-    if counts.nnz and not (np.isfinite(counts.data).all() and counts.data.min() >= 0):
+    if values.nnz and not (np.isfinite(values.data).all() and values.data.min() >= 0):
         msg = "X has negative or missing values: tokens are made from raw counts; give the cells before normalisation."
         raise UserError(msg)
-    kept = np.flatnonzero(codes >= 0)
-    summed = counts @ sparse.csr_matrix((np.ones(len(kept)), (kept, codes[kept])), shape=(len(codes), n_genes))
+    summed = values.astype(np.float64) @ counts.gather(codes, n_genes, np.float64)
     summed.eliminate_zeros()
     return summed
 
 
 def nonzero_medians(adata: "AnnData", *, names: pd.Index | None = None) -> pd.Series:
-    """Take the median of count / n_counts x 10,000 over the cells in which a gene has a count, without a dense copy.
+    """Take the median of count / n_counts x 10,000 over the cells in which a gene has a count, some genes at a time.
 
     The total of a cell is ``obs["n_counts"]``, or else the sum of ``X``. `names` are the names of the genes, if not
     ``var["ensembl_id"]``; counts of genes with the same name are summed. Genes without a count are left out; a cell
@@ -222,15 +233,27 @@ def nonzero_medians(adata: "AnnData", *, names: pd.Index | None = None) -> pd.Se
     (doi:10.1038/s41586-023-06139-9), Methods, "Rank value encoding".
     """
     codes, genes = pd.factorize(gene_ids(adata) if names is None else names)
-    counts = counts_by_gene(adata, codes, len(genes))
-    totals = adata.obs["n_counts"].to_numpy(float) if "n_counts" in adata.obs else counts.sum(axis=1).A1
-    if not (totals > 0).all():
-        msg = (
-            f"{(~(totals > 0)).sum()} of {adata.n_obs} cells have no count; drop them (min_counts in the params file)."
-        )
+    known = adata.obs["n_counts"].to_numpy(float) if "n_counts" in adata.obs else None
+    n_empty = 0
+
+    def scaled() -> Iterator[counts.Entries]:
+        nonlocal n_empty
+        for part, raw in counts.chunks(adata):
+            values = genes_summed(raw, codes, len(genes))
+            totals = values.sum(axis=1).A1 if known is None else known[part]
+            n_empty += int((~(totals > 0)).sum())
+            with np.errstate(divide="ignore"):  # refused below
+                data = np.repeat(TARGET_SUM / totals, np.diff(values.indptr)) * values.data
+            yield values.indices, np.repeat(np.arange(part.start, part.stop), np.diff(values.indptr)), data
+
+    parts = []
+    for first, of_genes in counts.by_row(scaled(), (len(genes), adata.n_obs), n_cells=adata.n_obs):
+        gene = np.repeat(np.arange(of_genes.shape[0]), np.diff(of_genes.indptr))
+        parts.append(pd.Series(of_genes.data).groupby(gene + first).median())
+    if n_empty:
+        msg = f"{n_empty} of {adata.n_obs} cells have no count; drop them (min_counts in the params file)."
         raise UserError(msg)
-    values = pd.Series(np.repeat(TARGET_SUM / totals, np.diff(counts.indptr)) * counts.data)
-    medians = values.groupby(counts.indices).median()
+    medians = pd.concat(parts)
     return medians.set_axis(genes[medians.index]).rename("median").rename_axis("ensembl_id")
 
 

@@ -28,4 +28,4 @@ def made_settings():
 @pytest.fixture(scope="package")
 def demo_cells(made_settings):
     """Simulated cells after quality control, with their split."""
-    return qc.prepare_cells(made_settings())
+    return qc.prepare_cells(made_settings())[:].to_memory()

@@ -1,5 +1,8 @@
 """Train sets as runs meet them: real test cells, made of no test cell, the same for a seed, and refused plainly."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,6 +38,12 @@ SINGLE = {
     "few": {"cells_per_class": 10},
     "fewer steps": {"k": 5, "steps_of": "pseudobulk"},
 }
+
+
+def make_cells(settings, cells):
+    with tempfile.TemporaryDirectory() as folder:
+        made, *rest = make.make_cells(settings, cells, Path(folder))
+        return made[:].to_memory(), *rest
 
 
 def part(cells, *names):
@@ -78,7 +87,7 @@ def test_the_test_cells_are_the_real_ones_and_nothing_is_made_of_them(name, demo
 def test_a_seed_gives_the_same_cells_and_another_seed_others(name, demo_cells, made_settings):
     def draw(seed):
         settings = made_settings(**(SINGLE | MADE)[name], seed=seed, train_cells=1500)
-        return make.prepare(settings).cells if name in SINGLE else make.make_cells(settings, demo_cells)[0]
+        return make.prepare(settings).cells if name in SINGLE else make_cells(settings, demo_cells)[0]
 
     first, again, other = map(draw, (0, 0, 1))
     assert (first.X != again.X).nnz == 0
@@ -95,7 +104,7 @@ def test_single_cells_are_taken_as_they_are(demo_cells, made_settings):
 
 def test_the_controls_of_a_pseudobulk_differ_from_it_in_one_thing(demo_cells, made_settings):
     points, thinned, singles = (
-        part(make.make_cells(made_settings(**MADE[name]), demo_cells)[0], "train", "validation")
+        part(make_cells(made_settings(**MADE[name]), demo_cells)[0], "train", "validation")
         for name in ("sum", "thinned", "one cell")
     )
     for control in (thinned, singles):  # as many points, of the same classes and parts, of the same groups
@@ -118,7 +127,7 @@ def test_few_cells_of_each_class(demo_cells, made_settings):
 def test_train_cells_are_the_same_for_every_train_set(demo_cells, made_settings):
     changes = {"train_cells": 1500, "seed": 3}
     singles = make.prepare(made_settings(**changes)).cells
-    sources = make.make_cells(made_settings(**MADE["nb"], **changes), demo_cells)[2]
+    sources = make_cells(made_settings(**MADE["nb"], **changes), demo_cells)[2]
     assert (singles.obs["split"] == "train").sum() == 1500
     assert set(sources) == set(part(singles, "train", "validation").obs_names)
     with pytest.raises(UserError, match="train_cells: 3 is less than one for each of 5 classes"):
@@ -137,7 +146,7 @@ def test_steps_are_counted_by_the_other_side(demo_cells, made_settings):
 
 
 def test_real_validation_cells_are_beside_the_points_which_are_made_of_training_cells(demo_cells, made_settings):
-    made, _, sources = make.make_cells(made_settings(**MADE["real validation"]), demo_cells)
+    made, _, sources = make_cells(made_settings(**MADE["real validation"]), demo_cells)
     held, real = part(made, "validation"), part(demo_cells, "validation")
     assert set(real.obs_names) < set(held.obs_names)
     assert not members(held[~held.obs_names.isin(real.obs_names)]) & set(real.obs_names)
@@ -145,7 +154,7 @@ def test_real_validation_cells_are_beside_the_points_which_are_made_of_training_
 
 
 def test_a_share_is_synthetic_in_every_stratum(demo_cells, made_settings):
-    made, _, sources = make.make_cells(made_settings(train_set="mixture", generator="nb", share=0.4), demo_cells)
+    made, _, sources = make_cells(made_settings(train_set="mixture", generator="nb", share=0.4), demo_cells)
     train, real = part(made, "train"), part(demo_cells, "train")
     assert train.n_obs == real.n_obs
     whole = strata(real, "dose")
@@ -157,7 +166,7 @@ def test_a_share_is_synthetic_in_every_stratum(demo_cells, made_settings):
 
 @pytest.mark.parametrize("generator", ["copies", "nb"])
 def test_padding_adds_cells_to_the_padded_classes_only(generator, demo_cells, made_settings):
-    made = make.make_cells(made_settings(**PADDED, generator=generator, pad=21), demo_cells)[0]
+    made = make_cells(made_settings(**PADDED, generator=generator, pad=21), demo_cells)[0]
     train, real = part(made, "train"), part(demo_cells, "train")
     more = train.obs["label"].value_counts() - real.obs["label"].value_counts()
     assert more.to_dict() == {"Untreated": 21, "Nutlin": 0, "Dex": 0, "BMS": 21, "SAHA": 0}
@@ -171,12 +180,12 @@ def test_padding_adds_cells_to_the_padded_classes_only(generator, demo_cells, ma
 
 
 def test_cells_around_bulk_samples_look_at_untreated_cells_only(demo_cells, made_settings):
-    made, _, sources = make.make_cells(made_settings(**MADE["around bulk"]), demo_cells)
+    made, _, sources = make_cells(made_settings(**MADE["around bulk"]), demo_cells)
     learnable = part(demo_cells, "train", "validation")
     assert set(sources) == set(learnable.obs_names[learnable.obs["label"] == "Untreated"])
     numbers = part(made, "train", "validation").obs["label"].value_counts()
     assert numbers.to_dict() == learnable.obs["label"].value_counts().to_dict()
-    few = make.make_cells(made_settings(**MADE["around bulk"], synthetic_cells=3), demo_cells)[0]
+    few = make_cells(made_settings(**MADE["around bulk"], synthetic_cells=3), demo_cells)[0]
     doses = demo_cells.obs.groupby("label", observed=True)["dose"].nunique()
     numbers = part(few, "train", "validation").obs["label"].value_counts()
     assert numbers.to_dict() == (3 * doses).to_dict()
@@ -227,4 +236,4 @@ def test_capped_lists_are_as_long_as_those_of_single_cells(demo_cells, made_sett
 )
 def test_what_cannot_be_made_is_refused(changes, sentence, demo_cells, made_settings):
     with pytest.raises(UserError, match=sentence):
-        make.make_cells(made_settings(**changes), demo_cells)
+        make_cells(made_settings(**changes), demo_cells)

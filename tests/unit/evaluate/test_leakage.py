@@ -11,6 +11,7 @@ import pytest
 from scipy import sparse
 
 from tuneformer.artifacts import UserError
+from tuneformer.data import counts
 from tuneformer.evaluate import leakage
 from tuneformer.study import load_study
 from tuneformer.tokens.encode import Tokens
@@ -199,7 +200,7 @@ def test_a_test_cell_with_the_counts_of_a_training_cell(task, settings):
     leakage.refuse_leaks(prepared, settings)
 
 
-@pytest.mark.parametrize(("length", "is_refused"), [(leakage.FEW_VALUES, False), (leakage.FEW_VALUES + 1, True)])
+@pytest.mark.parametrize(("length", "is_refused"), [(counts.FEW_VALUES, False), (counts.FEW_VALUES + 1, True)])
 def test_a_test_cell_with_the_tokens_of_a_training_cell_unless_they_are_few(task, settings, length, is_refused):
     def shorten(table):
         for name in ("cell 0", "cell 4"):
