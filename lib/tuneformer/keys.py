@@ -12,10 +12,11 @@ from tuneformer.model.strategies import STRATEGIES  # light: it imports no torch
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
-Baseline = Literal["majority", "logistic_counts", "logistic_ranks", "knn_pca", "frozen_embedding_ridge"]
+Baseline = Literal["majority", "logistic_counts", "logistic_ranks", "knn_pca", "frozen_embedding_ridge", "bayes"]
 GeneBaseline = Literal["expression", "frozen_embedding", "frozen_context"]
 BASELINES, GENE_BASELINES = get_args(Baseline), get_args(GeneBaseline)
 CONTROL = "random_init"
+CEILING = "bayes"  # knows how the demo cells were made: what no model can pass
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -46,6 +47,9 @@ class TaskKeys(Section):
     validation_share: Share = _key(1 / 9, "share of the rest used for validation; 1/9 = train : validation 8 : 1")
     dose_column: str | None = _key(None, "obs column with the dose; made cells stay within class and dose")
     group_by: str | None = _key(None, "obs column whose groups (wells, donors) the split never divides; null = by cell")
+    demo_mechanism: Literal["additive", "interacting"] = _key(
+        "additive", "demo: drug effects are additive | interacting (up or down by the state of another program)"
+    )
 
 
 class CellsKeys(TaskKeys):
@@ -214,14 +218,14 @@ class PretrainingKeys(Section):
 
     pretrain_cells: Count = _key(40000, "simulated unperturbed cells")
     pretrain_types: Count = _key(300, "simulated cell types")
-    pretrain_steps: Count = _key(5000, "optimizer steps")
+    pretrain_steps: Count = _key(8000, "optimizer steps")
     pretrain_batch: Count = _key(64, "cells per step")
     pretrain_learning_rate: Annotated[float, Field(gt=0)] = _key(2e-3, "peak learning rate")
     pretrain_seed: int = _key(0, "corpus, weights, masks, order")
     pretrain_output: str | None = _key(None, "folder of the checkpoint; null = runs/<study>/pretrained")
     rank_noise: NotNegative = _key(0.3, "log-normal noise on the corpus before ranking, so that medians tell nothing")
     mask_share: Share = _key(0.15, "share of tokens to be predicted")
-    pretrain_length: Count = _key(128, "tokens per cell = positions of the model")
+    pretrain_length: Count = _key(192, "tokens per cell = positions of the model")
     hidden_size: Count = _key(64, "width")
     layers: Count = _key(3, "encoder layers")
     heads: Count = _key(2, "attention heads")
@@ -235,7 +239,9 @@ class AskedKeys(Section):
     kind: Literal["cells", "genes", "compression"] = _key("cells", "cells (05) | genes (07) | compression (08)")
     tasks: list[Name] = _key([], "names of params files whose task keys are used; [] = the study's own task keys")
     arms: dict[str, dict[str, Any] | None] = _key(
-        dict.fromkeys(["full", "linear_probe", "selective", "lp_ft", CONTROL, *BASELINES]),
+        dict.fromkeys(
+            ["full", "linear_probe", "selective", "lp_ft", CONTROL, *(name for name in BASELINES if name != CEILING)]
+        ),
         "what is compared: a name and the keys that differ; {key} in a name makes one arm per value of a list",
     )
     contrasts: dict[str, list[str]] = _key(

@@ -62,7 +62,9 @@ SOURCES = {
         title="Simulated look-alike of sci-Plex 2",
         citation="tuneformer.data.simulate",
         licence="Apache-2.0",
-        read=lambda _, settings: simulate.simulate_sciplex2(settings.demo_cells, seed=settings.demo_seed),
+        read=lambda _, settings: simulate.simulate_sciplex2(
+            settings.demo_cells, seed=settings.demo_seed, mechanism=settings.demo_mechanism
+        ),
     ),
     "demo_pancreas": Source(
         title="Simulated look-alike of the pancreas of six technologies",

@@ -190,6 +190,28 @@ def frozen_body(settings: Study, tokens: "Tokens") -> tuple[torch.nn.Module, boo
     return model.bert.to(device).eval(), hardware.uses_bf16(device, settings.precision)
 
 
+def true_probabilities(settings: Study, prepared: "Prepared", train: np.ndarray) -> Features:
+    """Prepare what a classifier that knows the simulator says, (cells, classes): see `simulate_truth`."""
+    from tuneformer.data.simulate_truth import class_probabilities
+
+    names = prepared.tokens.dataset.select_columns(["cell"]).to_pandas()["cell"].to_numpy()
+    return lambda rows: class_probabilities(settings, names[rows].tolist(), prepared.tokens.classes)
+
+
+class _Given(ClassifierMixin, BaseEstimator):
+    """Probabilities as they are given; nothing is fitted."""
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> "_Given":
+        self.classes_ = np.arange(X.shape[1])
+        return self
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        return X
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        return X.argmax(axis=1)
+
+
 class _Neighbours(KNeighborsClassifier):
     """Class shares of k neighbours and one more, which belongs to all classes alike; of fewer cells, all are near.
 
@@ -248,6 +270,7 @@ BASELINES = {
         lambda *_: make_pipeline(StandardScaler(), _TemperedRidge()),
         {"_temperedridge__alpha": ALPHAS, "_temperedridge__temperature": TEMPERATURES},
     ),
+    "bayes": Baseline(true_probabilities, lambda *_: _Given(), {}),
 }
 
 
