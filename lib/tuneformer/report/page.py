@@ -20,7 +20,7 @@ from pygments.formatters import HtmlFormatter
 import tuneformer
 from tuneformer import paths
 from tuneformer.artifacts import UserError, atomic_path
-from tuneformer.evaluate import compare
+from tuneformer.evaluate import telling
 from tuneformer.keys import TrainingKeys
 from tuneformer.model.strategies import STRATEGIES
 from tuneformer.report import results as study_results
@@ -158,7 +158,7 @@ def _section(site: Path, found: Results, convert: _Converter) -> dict[str, Any]:
         "simulated": answer["simulated"],
         "demo_checkpoint": found.settings.checkpoint == "demo",
         "here": found.is_of_this_machine,
-        "answers": {task["task"]: [compare.sentence(one) for one in task["contrasts"]] for task in answer["tasks"]},
+        "answers": {task["task"]: [telling.sentence(one) for one in task["contrasts"]] for task in answer["tasks"]},
         "shown": SENTENCES,
         "rule": answer["rule"],
         "tables": {"What was asked": _by_task(contrasts), "Every arm, best first": _by_task(arms)},

@@ -28,7 +28,15 @@ from tuneformer.study import Study, TaskKeys, jobs, load_study
 FILES = ("runs.csv", "predictions.parquet", "history.parquet", "answer.json", "study.yaml")
 PLACE = ["task", "arm", "seed", "fold"]
 PREDICTED = ["cell", "label", "predicted"]
-EPOCH = ["epoch", "train_loss", "validation_loss", "validation_accuracy", "validation_macro_f1", "seconds"]
+EPOCH = [
+    "epoch",
+    "train_loss",
+    "train_macro_f1",
+    "validation_loss",
+    "validation_accuracy",
+    "validation_macro_f1",
+    "seconds",
+]
 PACKAGES = ("tuneformer", "torch", "transformers", "peft", "anndata", "datasets", "numpy", "pandas", "scikit-learn")
 
 
