@@ -125,14 +125,11 @@ def too_few(found: Scored, score: str) -> str | None:
 
     In a mean over classes such classes are left out (`resampling.few_cells`), unless only one other class is there.
     """
-    of_class = score.partition(":")[2]
-    few = {name: n for name, n in found.cells.items() if n < FEW_CELLS and name not in found.left_out}
-    named = ", ".join(f"{name} has {counted(n, 'test cell')}" for name, n in few.items())
-    return (
-        f"{named}, and no verdict rests on fewer than {FEW_CELLS}"
-        if few and (score in MEANS or of_class in few)
-        else None
-    )
+    asked = {score.partition(":")[2]} if ":" in score else found.cells.keys() - found.left_out if score in MEANS else ()
+    few = [
+        f"{name} has {counted(n, 'test cell')}" for name, n in found.cells.items() if n < FEW_CELLS and name in asked
+    ]
+    return f"{', '.join(few)}, and no verdict rests on fewer than {FEW_CELLS}" if few else None
 
 
 def _needed(
@@ -323,7 +320,7 @@ def _constant(runs: pd.DataFrame, predictions: pd.DataFrame) -> np.ndarray:
 def _unknown_genes(runs: pd.DataFrame, declared: Iterable[Contrast]) -> dict[tuple[str, str, str], str]:
     """Say of which contrasts with the control nothing follows, as the checkpoint knows too few of the genes."""
     found = {}
-    for task, rows in runs.reindex(columns=[*runs, "known_genes"]).groupby("task", sort=False):
+    for task, rows in runs.reindex(columns=["task", "arm", "strategy", "known_genes"]).groupby("task", sort=False):
         by_arm = rows.groupby("arm")[["known_genes", "strategy"]].first()
         for one in declared:
             ends = by_arm.reindex([one.reference, one.arm])

@@ -95,7 +95,7 @@ def _judged(
     """Return what one contrast found: difference, interval, p and p_same."""
     if one.reference == CHANCE:
         value = folds[one.arm].mean() - 0.5
-        low, high = np.clip(_around(value, chance[one.arm]), -1, 1)
+        low, high = np.clip(_around(value, chance[one.arm]), -0.5, 0.5)
         p = compare.permutation_p(0.5 + value, chance[one.arm])
         return {"difference": value, "low": low, "high": high, "p": p, "p_same": np.nan}
     value, error, df = _over_folds(folds[one.arm] - folds[one.reference])
