@@ -56,6 +56,25 @@ class Results:
     folder: Path
 
     @property
+    def judged(self) -> pd.DataFrame:
+        """``runs``, with the score as it is judged: in a mean over classes those with few test cells are left out."""
+        score, few = self.answer["score"], {task["task"]: task["left_out"] for task in self.answer["tasks"]}
+        if not any(few.values()):
+            return self.runs
+        from sklearn.metrics import f1_score, recall_score
+
+        measure = {"macro_f1": f1_score, "balanced_accuracy": recall_score}[score]
+        found = {}
+        names = self.predictions.astype({"task": str, "arm": str, "label": str, "predicted": str})
+        for place, rows in names.groupby(PLACE, dropna=False):
+            kept = [name for name in rows["label"].unique() if name not in few[place[0]]]
+            found[tuple(map(str, place))] = measure(
+                rows["label"], rows["predicted"], labels=kept, average="macro", zero_division=0
+            )
+        places = self.runs[PLACE].astype({"fold": "Int64"}).astype(str).apply(tuple, axis=1)
+        return self.runs.assign(**{score: places.map(found)})
+
+    @property
     def is_of_this_machine(self) -> bool:
         """Whether they were made here, and do not come with the repository."""
         return self.folder.is_relative_to(paths.RUNS)

@@ -545,8 +545,7 @@ def test_the_error_of_more_seeds_and_cells_is_foretold():
 
 
 def test_so_many_more_seeds_decide_about_as_often_as_not(quick):
-    """They bring p just below its level if the difference stays, so about half of new studies of that size decide: of 150
-    it was 59 %."""
+    """They bring p just below its level if the difference stays: of 150 new studies of that size 59 % decided."""
     rng, decided = np.random.default_rng(34), []
     options = {"classes": 5, "cells": 300, "by_seed": 0.5, "better": 0.6}
     pair = contrasts_of(("a", "e"))
