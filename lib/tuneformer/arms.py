@@ -291,5 +291,5 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
 
 
 def _written(value: Any) -> str:
-    """Return a value as it stands in the name of an arm: 0.0005, 10, sum."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a value as it stands in the name of an arm: 0.0005, 10, sum; null is all."""
+    return "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -46,6 +46,8 @@ class TaskKeys(Section):
     test_share: Share = _key(0.1, "share of cells in the fixed test set")
     validation_share: Share = _key(1 / 9, "share of the rest used for validation; 1/9 = train : validation 8 : 1")
     dose_column: str | None = _key(None, "obs column with the dose; made cells stay within class and dose")
+    ordered: bool = _key(False, "true: the classes are in order, as doses are; how far off a cell is called is scored")
+    groups: dict[str, list[str]] = _key({}, "name: classes; groups of classes that get a score of their own")
     group_by: str | None = _key(None, "obs column whose groups (wells, donors) the split never divides; null = by cell")
     demo_mechanism: Literal["additive", "interacting"] = _key(
         "additive", "demo: drug effects are additive | interacting (up or down by the state of another program)"

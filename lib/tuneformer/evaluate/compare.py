@@ -1,8 +1,8 @@
 """The one rule of judgement: which of the declared contrasts of a study are differences, and what each arm scores.
 
 In: rows of ``predictions.parquet`` and ``runs.csv``, and the contrasts that the study declares. Out: one table of
-differences with intervals, p values after Holm and a verdict; the content of ``answer.json``; plain sentences. Every
-"higher", "lower" and "same" on README, page, notebooks and figures comes from here.
+differences with intervals, p values after Holm and a verdict; the content of ``answer.json``. Every "higher", "lower"
+and "same" on README, page, notebooks and figures comes from here; `tuneformer.evaluate.telling` puts it into words.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,16 +12,27 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from tuneformer.evaluate.resampling import NOTHING, Estimate, Scored, score_tasks
+from tuneformer.evaluate.resampling import FEW_CELLS, MEANS, NOTHING, Estimate, Scored, score_tasks
+from tuneformer.evaluate.telling import (
+    ALPHA,
+    CEILING,
+    HIGHER,
+    LEAST_KNOWN,
+    LOWER,
+    MOST_SEEDS,
+    MOST_TIMES,
+    SAME,
+    UNDECIDED,
+    WITHHELD,
+    counted,
+    recommendations,
+    rule_of,
+)
 from tuneformer.study import BASELINES, CONTROL, GENE_BASELINES, Contrast, Study, contrasts
 
-ALPHA = 0.05
-CONFIDENCE = 0.95
-TAIL = (1 - CONFIDENCE) / 2
-HIGHER, LOWER, SAME, UNDECIDED = "higher", "lower", "same", "not decided"
-NAMES = {"macro_f1": "macro-F1", "weighted_f1": "weighted F1", "auc": "AUC"}
+TAIL = (1 - 0.95) / 2
 COLUMNS = ["task", *Contrast._fields, "difference", "low", "high", "p", "p_holm", "p_same", "verdict"]
-COLUMNS += ["seeds", "cells", "units", "folds", "score", "margin"]
+COLUMNS += ["seeds", "cells", "units", "folds", "score", "margin", "why", "more_seeds", "times_cells"]
 
 Runs = pd.DataFrame | Mapping[str, Scored]
 """Rows of ``predictions.parquet`` (task, arm, seed, fold, cell, label, predicted and, where whole groups are held out,
@@ -37,6 +48,7 @@ def judge(
     alpha: float = ALPHA,
     n_train: Mapping[tuple[str, str], float] | None = None,
     fixed_model: bool = False,
+    withheld: Mapping[tuple[str, str, str], str] | None = None,
 ) -> pd.DataFrame:
     """Judge the declared contrasts of a study, in all its tasks together.
 
@@ -53,44 +65,91 @@ def judge(
         several. None takes all cells of the other folds.
     fixed_model
         The arms are variants of one and the same model: only test cells are random.
+    withheld
+        Why there is no verdict, by task, reference and arm. Nor is there one where `too_few` test cells would decide.
 
     Returns
     -------
     One row per task and contrast, columns `COLUMNS`. ``difference``: arm - reference, mean over the ``seeds`` that both
     have. ``low``, ``high``: 95 % interval of this contrast alone. ``p``: of no difference; ``p_holm``: the same after
     Holm's correction over all rows; ``p_same``: of a difference as large as the margin (two one-sided tests), corrected
-    likewise. ``verdict``: higher, lower, same or not decided. ``units``: cells, groups or folds.
+    likewise. ``verdict``: higher, lower, same, not decided or withheld (``why``; such a row has no p and does not count
+    in Holm's correction). ``units``: cells, groups or folds. Of what is not decided, ``more_seeds`` and ``times_cells``
+    are the fewest with which this very rule would decide, if difference and spread stayed as they are.
 
     Raises
     ------
     UserError
         As `tuneformer.evaluate.resampling.score_tasks`.
     """
-    rows = []
-    for task, found in _scored(predictions, score).items():
+    rows, scored = [], _scored(predictions, score)
+    for task, found in scored.items():
         for one in contrasts:
             trained = max((n_train or {}).get((task, arm), 0) for arm in (one.arm, one.reference))
             estimate = found.estimate(one.arm, one.reference, n_train=trained, fixed_model=fixed_model)
             row = {"task": task, **one._asdict(), **estimate._asdict(), "folds": found.folds}
             seeds = len(found.seeds(one.arm, one.reference))
             sizes = {"cells": found.n_cells, "units": found.n_units} if seeds else {"cells": 0, "units": 0}
-            rows.append(row | {"seeds": seeds, **sizes})
-    names = {*COLUMNS, *Estimate._fields} - {"difference"}
-    table = pd.DataFrame(rows, columns=None if rows else sorted(names)).assign(score=score, margin=margin)
+            why = too_few(found, score) or (withheld or {}).get((task, one.reference, one.arm))
+            rows.append(row | {"seeds": seeds, **sizes, "why": why if seeds else None})
+    table = pd.DataFrame(rows, columns=None if rows else sorted({*COLUMNS, *Estimate._fields} - {"difference"}))
+    table = table.assign(score=score, margin=margin, more_seeds=None, times_cells=None)
     value, error, df = table[list(Estimate._fields)].to_numpy(float).T
     half = stats.t.ppf(1 - TAIL, df) * error
     table["low"], table["high"] = np.clip(value - half, -1, 1), np.clip(value + half, -1, 1)
     table["p"] = 2 * stats.t.sf(np.abs(value) / error, df)
     table["p_same"] = stats.t.sf((margin - np.abs(value)) / error, df)  # the larger of the two one-sided p values
-    return decided(table.rename(columns={"value": "difference"}), alpha)[COLUMNS]
+    table.loc[table["why"].notna(), ["p", "p_same"]] = np.nan
+    table = decided(table.rename(columns={"value": "difference"}), alpha)
+    is_open = (table["verdict"] == UNDECIDED) & table["p"].notna() & (table["folds"] == 0)
+    if is_open.any():
+        levels = alpha / (table["p_holm"] >= alpha).sum(), alpha / max((table["p_same"] >= alpha).sum(), 1)
+        needed = [
+            _needed(scored[one.task], one.arm, one.reference, margin, levels, fixed_model=fixed_model)
+            for one in table[is_open].itertuples()
+        ]
+        table.loc[is_open, ["more_seeds", "times_cells"]] = np.array(needed, dtype=object)
+    return table[COLUMNS]
 
 
 def decided(table: pd.DataFrame, alpha: float = ALPHA) -> pd.DataFrame:
     """Add ``p_holm`` and ``verdict`` to rows with difference, p and p_same, and correct ``p_same`` over all rows."""
     table = table.assign(p_holm=holm(table["p"]), p_same=holm(table["p_same"]))
     is_other, is_more = table["p_holm"] < alpha, table["difference"] > 0
-    cases = [is_other & is_more, is_other & ~is_more, table["p_same"] < alpha]
-    return table.assign(verdict=np.select(cases, [HIGHER, LOWER, SAME], UNDECIDED))
+    cases = [table["why"].notna(), is_other & is_more, is_other & ~is_more, table["p_same"] < alpha]
+    return table.assign(verdict=np.select(cases, [WITHHELD, HIGHER, LOWER, SAME], UNDECIDED))
+
+
+def too_few(found: Scored, score: str) -> str | None:
+    """Say why nothing can be judged, where a class with fewer than `FEW_CELLS` test cells would decide; else None.
+
+    In a mean over classes such classes are left out (`resampling.few_cells`), unless only one other class is there.
+    """
+    asked = {score.partition(":")[2]} if ":" in score else found.cells.keys() - found.left_out if score in MEANS else ()
+    few = [
+        f"{name} has {counted(n, 'test cell')}" for name, n in found.cells.items() if n < FEW_CELLS and name in asked
+    ]
+    return f"{', '.join(few)}, and no verdict rests on fewer than {FEW_CELLS}" if few else None
+
+
+def _needed(
+    found: Scored, arm: str, reference: str, margin: float, levels: tuple[float, float], *, fixed_model: bool
+) -> tuple[int | None, float | None]:
+    """Return how many more seeds, or times the test cells, would decide; None where it takes more than the most.
+
+    `levels`: what p of a difference, and of sameness, has to be below. With n contrasts still open, Holm's next step
+    asks for alpha / n, as long as the others stay as they are.
+    """
+
+    def first(steps: np.ndarray, **planned: np.ndarray) -> float | None:
+        value, error, df = found.estimate(arm, reference, fixed_model=fixed_model, **planned)
+        p, p_same = 2 * stats.t.sf(abs(value) / error, df), stats.t.sf((margin - abs(value)) / error, df)
+        decides = (p < levels[0]) | (p_same < levels[1])
+        return steps[decides.argmax()].item() if decides.any() else None
+
+    seeds, times = np.arange(1, MOST_SEEDS + 1), np.linspace(1.5, MOST_TIMES, 18)
+    n_seeds = None if fixed_model else first(seeds, n_seeds=seeds + len(found.seeds(arm, reference)))
+    return n_seeds, first(times, times_units=times)
 
 
 def arm_scores(
@@ -148,56 +207,40 @@ def answer(
     -------
     ``study``, ``question``, ``simulated``, ``kind``, ``score``, ``margin``, ``alpha``, ``rule`` (one sentence),
     ``n_contrasts`` (of all tasks) and ``tasks``: for each ``task``, ``folds``, ``seeds``, ``test_cells`` (by class),
-    ``arms`` (best first: `arm_scores`, n_runs, n_failed, is_baseline, is_control) and ``contrasts`` (`judge`).
+    ``left_out`` (classes that are not in the judged score), ``arms`` (best first: `arm_scores`, n_runs, n_failed,
+    n_constant, is_baseline, is_control, is_ceiling), ``contrasts`` (`judge`) and ``recommendation`` (sentences).
     """
     is_ok, is_compression = runs["status"] == "ok", settings.kind == "compression"
     if declared is None:
         first, *variants = runs["arm"].unique()
         declared = [Contrast(arm, first, arm) for arm in variants] if is_compression else contrasts(settings)
     scored = dict.fromkeys(settings.tasks, NOTHING) | score_tasks(predictions, settings.score)
-    options: dict[str, Any] = {"score": settings.score, "fixed_model": is_compression}
+    options: dict[str, Any] = {"score": settings.score, "fixed_model": is_compression and runs["seed"].nunique() == 1}
     if any(found.folds for found in scored.values()):
         options["n_train"] = runs[is_ok].groupby(["task", "arm"], observed=True)["n_train"].mean().to_dict()
-    judged = judge(scored, declared, margin=settings.margin, **options)
+    judged = judge(scored, declared, margin=settings.margin, withheld=_unknown_genes(runs, declared), **options)
     means = arm_scores(scored, **options)
     runs = runs.assign(n_runs=is_ok, n_failed=~is_ok, is_control=runs["strategy"] == CONTROL)
-    runs["is_baseline"] = runs["strategy"].isin([*BASELINES, *GENE_BASELINES])
-    counted = {"n_runs": "sum", "n_failed": "sum", "is_baseline": "any", "is_control": "any"}
+    runs["is_baseline"] = runs["strategy"].isin({*BASELINES, *GENE_BASELINES} - {CEILING})
+    runs = runs.assign(is_ceiling=runs["strategy"] == CEILING, n_constant=_constant(runs, predictions))
+    flags = dict.fromkeys(["n_runs", "n_failed", "n_constant"], "sum")
+    flags |= dict.fromkeys(["is_baseline", "is_control", "is_ceiling"], "any")
     tasks = []
     for task, found in scored.items():
         of_task = runs[runs["task"] == task]
         arms = means[means["task"] == task].drop(columns="task").set_index("arm")
-        arms = of_task.groupby("arm", sort=False, observed=True)[[*counted]].agg(counted).join(arms)
-        arms = arms.sort_values("mean", ascending=False).reset_index()[["arm", "mean", "low", "high", *counted]]
+        arms = of_task.groupby("arm", sort=False, observed=True)[[*flags]].agg(flags).join(arms)
+        arms = arms.sort_values("mean", ascending=False).reset_index()[["arm", "mean", "low", "high", *flags]]
         contrasts_of_task = judged[judged["task"] == task].drop(columns="task")
         head = {"task": task, "folds": found.folds, "seeds": sorted(map(int, of_task["seed"].unique()))}
-        head["test_cells"] = {name: int(number) for name, number in found.cells.items()}
+        head |= {"test_cells": {name: int(n) for name, n in found.cells.items()}, "left_out": found.left_out}
         tasks.append({**head, "arms": plain(arms), "contrasts": plain(contrasts_of_task)})
+        tasks[-1]["recommendation"] = recommendations(tasks[-1])
     head = {name: getattr(settings, name) for name in ("study", "question", "simulated", "kind", "score", "margin")}
-    rule = _rule(settings, len(judged), has_folds="n_train" in options)
+    rule = rule_of(
+        settings, int(judged["why"].isna().sum()), has_folds="n_train" in options, n_seeds=runs["seed"].nunique()
+    )
     return {**head, "alpha": ALPHA, "rule": rule, "n_contrasts": len(judged), "tasks": tasks}
-
-
-def sentence(row: Mapping[str, Any]) -> str:
-    """Say in plain words what one contrast of `judge`, or of an answer, found."""
-    arm, reference, verdict = row["arm"], row["reference"], row["verdict"]
-    if not row["seeds"]:
-        return f"{arm} and {reference} could not be compared: they have no finished run of the same seed."
-    said = {
-        HIGHER: f"{arm} scores higher than {reference}",
-        LOWER: f"{arm} scores lower than {reference}",
-        SAME: f"{arm} and {reference} are the same within {row['margin']:g}",
-        UNDECIDED: f"No difference could be decided between {arm} and {reference}",
-    }[verdict]
-    is_tested = not pd.isna(row["p"])
-    shown = f"{row['difference']:+.3f} {score_name(row['score'])}"
-    shown += f" ({row['low']:+.3f} to {row['high']:+.3f})" if is_tested else ""
-    sizes = [_counted(row["folds"], "fold")] if row["folds"] else []
-    sizes += [_counted(row["seeds"], "seed"), _counted(row["cells"], "gene" if row["score"] == "auc" else "test cell")]
-    sizes[-1] += f" in {_counted(row['units'], 'group')}" if row["units"] < row["cells"] and not row["folds"] else ""
-    if verdict == UNDECIDED and is_tested and row["p"] < ALPHA:
-        sizes.append(f"p = {row['p']:.3f} alone and {row['p_holm']:.3f} among all contrasts of the study")
-    return f"{said}: {shown}, {', '.join(sizes)}."
 
 
 def variance_shares(predictions: pd.DataFrame, *, score: str = "macro_f1") -> pd.DataFrame:
@@ -263,28 +306,33 @@ def permutation_p(observed: float, permuted: Iterable[float]) -> float:
     return float((1 + (permuted >= observed).sum()) / (1 + len(permuted)))
 
 
-def score_name(score: str) -> str:
-    """Return a score as sentences name it."""
-    return NAMES.get(score) or score.replace(":", " of ").replace("_", " ")
+def _constant(runs: pd.DataFrame, predictions: pd.DataFrame) -> np.ndarray:
+    """Say of each run whether it called all its test cells, of several classes, the same."""
+    place = ["task", "arm", "seed", "fold"]
+    kinds = predictions.astype({"task": str, "arm": str, "label": str, "predicted": str})
+    kinds = kinds.groupby(place, dropna=False)[["label", "predicted"]].nunique()
+    is_constant = (kinds["predicted"] == 1) & (kinds["label"] > 1)
+    rows = pd.MultiIndex.from_frame(runs[place].astype({"seed": int, "fold": float}))
+    constant = is_constant[is_constant].reset_index()[place].astype({"seed": int, "fold": float})
+    return rows.isin(pd.MultiIndex.from_frame(constant))
+
+
+def _unknown_genes(runs: pd.DataFrame, declared: Iterable[Contrast]) -> dict[tuple[str, str, str], str]:
+    """Say of which contrasts with the control nothing follows, as the checkpoint knows too few of the genes."""
+    found = {}
+    for task, rows in runs.reindex(columns=["task", "arm", "strategy", "known_genes"]).groupby("task", sort=False):
+        by_arm = rows.groupby("arm")[["known_genes", "strategy"]].first()
+        for one in declared:
+            ends = by_arm.reindex([one.reference, one.arm])
+            share = ends["known_genes"].astype(float).max()
+            if CONTROL in set(ends["strategy"]) and share < LEAST_KNOWN:
+                why = f"the checkpoint knows {share:.0%} of the genes, too few to say what its pre-training does"
+                found[str(task), one.reference, one.arm] = why
+    return found
 
 
 def _scored(predictions: Runs, score: str) -> Mapping[str, Scored]:
     return score_tasks(predictions, score) if isinstance(predictions, pd.DataFrame) else predictions
-
-
-def _rule(settings: Study, n: int, *, has_folds: bool) -> str:
-    """Say in one sentence how a study is judged."""
-    units = f"groups of {settings.group_by}" if settings.group_by else "test cells"
-    how = f"for other seeds and other {units} (two crossed random factors, paired by seed)"
-    if settings.kind == "compression":
-        how = f"for other {units} and this very model (bootstrap)"
-    elif has_folds:
-        how = "over folds, seeds averaged (corrected resampled t test of Nadeau and Bengio)"
-    return (
-        f"Arm and reference are compared on the same cells, {how}: higher or lower if p < {ALPHA} after Holm over all "
-        f"{_counted(n, 'declared contrast')} of the study; if not, the same within {settings.margin:g} "
-        f"{score_name(settings.score)} if two one-sided tests against that margin say so, corrected likewise."
-    )
 
 
 def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -292,7 +340,3 @@ def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
     rows = table.to_dict("records")
     rounded = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     return [{k: None if pd.isna(v) else v for k, v in row.items()} for row in rounded]
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"

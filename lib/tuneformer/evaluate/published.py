@@ -66,7 +66,7 @@ def compare(settings: Study, runs: pd.DataFrame, predictions: pd.DataFrame) -> p
         of_class = row["metric"].partition(":")[2]
         if set(of_task["arm"]) != set(arms) or (of_class and of_class not in set(of_task["label"])):
             continue
-        scored = {row["task"]: _averaged(score_tasks(of_task, row["metric"])[row["task"]], arms)}
+        scored = {row["task"]: _averaged(score_tasks(of_task, row["metric"], few=0)[row["task"]], arms)}
         n_train = runs.loc[(runs["task"] == row["task"]) & runs["arm"].isin(arms), "n_train"].mean()
         for ours in arm_scores(scored, n_train={(row["task"], "ours"): n_train}).to_dict("records"):
             n_runs = len(of_task[["arm", "seed", "fold"]].drop_duplicates()) // len(arms)

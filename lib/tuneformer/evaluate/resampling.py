@@ -4,8 +4,8 @@ In: rows of ``predictions.parquet``. Out: `Scored`, and from it the estimate of 
 the standard error for other seeds and test cells, or over folds.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from tuneformer.artifacts import UserError
 
 SAMPLES = 2000  # bootstrap samples: the standard error that they give is right within 2 %
 CHUNK = 250  # samples drawn at a time, so that many test cells fit into memory
+FEW_CELLS = 10  # a class with fewer test cells decides nothing
+MEANS = ("macro_f1", "balanced_accuracy")  # scores in which a small class counts as much as a large one
 
 
 class Estimate(NamedTuple):
@@ -33,7 +35,7 @@ class Scored:
     on drawn cells, the same for every run, (samples, runs); no rows with folds. ``cells``: test cells by class.
     ``n_units``: number of cells or groups that were drawn from, or of folds. ``folds``: their number, or 0. ``floor``:
     what one more error in the smallest class (or the class that is scored) does to the score; no standard error is
-    taken as smaller, for a few cells without an error do not show that there are none.
+    taken as smaller, for a few cells without an error do not show that there are none. ``left_out``: `few_cells`.
     """
 
     place: dict[tuple[str, int], int]
@@ -43,6 +45,7 @@ class Scored:
     n_units: int
     folds: int
     floor: float
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def n_cells(self) -> int:
@@ -54,11 +57,17 @@ class Scored:
         return sorted(set.intersection(*({seed for name, seed in self.place if name == arm} for arm in arms)))
 
     def estimate(
-        self, arm: str, reference: str | None = None, *, n_train: float | None = None, fixed_model: bool = False
+        self,
+        arm: str,
+        reference: str | None = None,
+        *,
+        n_train: float | None = None,
+        fixed_model: bool = False,
+        **planned: np.ndarray | float,
     ) -> Estimate:
         """Return the mean score of an arm, or its mean difference to a reference over the seeds that both have.
 
-        ``n_train`` is read with folds, None takes the cells of the other folds; for ``fixed_model`` see `crossed`.
+        ``n_train`` is read with folds, None takes the cells of the other folds; for the others see `crossed`.
         """
         seeds = self.seeds(arm, reference or arm)
         if not seeds:
@@ -71,14 +80,21 @@ class Scored:
         if self.folds:
             n_test = self.n_cells / self.folds
             return resampled_t(values.mean(axis=1), n_train or n_test * (self.folds - 1), n_test, floor=self.floor)
-        return crossed(values[0], drawn, self.n_units, floor=self.floor, fixed_model=fixed_model)
+        return crossed(values[0], drawn, self.n_units, floor=self.floor, fixed_model=fixed_model, **planned)
 
 
 NOTHING = Scored({}, np.empty((0, 0)), np.empty((0, 0)), {}, 0, 0, 0.0)
 
 
 def crossed(
-    observed: np.ndarray, drawn: np.ndarray, n_units: int, *, floor: float = 0.0, fixed_model: bool = False
+    observed: np.ndarray,
+    drawn: np.ndarray,
+    n_units: int,
+    *,
+    floor: float = 0.0,
+    fixed_model: bool = False,
+    n_seeds: np.ndarray | float | None = None,
+    times_units: np.ndarray | float = 1.0,
 ) -> Estimate:
     """Estimate a mean over seeds that was measured on one test set, for other seeds and other test cells.
 
@@ -100,6 +116,9 @@ def crossed(
         Smallest standard error by cells.
     fixed_model
         The question is about this very model: only the test cells are random.
+    n_seeds, times_units
+        Give error and degrees of freedom as they would be with so many seeds, and so many times the test cells, if mean
+        and spread stayed what they are; arrays give arrays.
 
     Returns
     -------
@@ -112,13 +131,17 @@ def crossed(
     deviations = drawn - drawn.mean(axis=0)
     by_cells = max(correction * deviations.mean(axis=1).var(), floor**2)
     if fixed_model:
-        return Estimate(observed.mean(), np.sqrt(by_cells), n_units - 1)
-    by_both = correction * deviations.var(axis=1, ddof=1).mean() / n
-    by_seeds, by_cells = max(observed.var(ddof=1) / n, by_both), max(by_cells, by_both)
+        return Estimate(observed.mean(), np.sqrt(by_cells / times_units), n_units * times_units - 1)
+    of_both = correction * deviations.var(axis=1, ddof=1).mean()  # of one seed
+    of_seeds, of_cells = max(observed.var(ddof=1) - of_both, 0.0), max(by_cells - of_both / n, 0.0)
+    seeds, units = n if n_seeds is None else n_seeds, n_units * times_units
+    by_both = of_both / seeds / times_units
+    by_seeds, by_cells = of_seeds / seeds + by_both, of_cells / times_units + by_both
     variance = by_seeds + by_cells - by_both
-    parts = [(by_seeds, n - 1), (by_cells, n_units - 1), (by_both, (n - 1) * (n_units - 1))]
+    parts = [(by_seeds, seeds - 1), (by_cells, units - 1), (by_both, (seeds - 1) * (units - 1))]
     uncertainty = sum(part**2 / df for part, df in parts)
-    return Estimate(observed.mean(), np.sqrt(variance), variance**2 / uncertainty if uncertainty else n - 1)
+    df = np.divide(variance**2, uncertainty) if np.all(uncertainty) else seeds - 1
+    return Estimate(observed.mean(), np.sqrt(variance), df)
 
 
 def resampled_t(values: np.ndarray, n_train: float, n_test: float, *, floor: float = 0.0) -> Estimate:
@@ -134,8 +157,10 @@ def resampled_t(values: np.ndarray, n_train: float, n_test: float, *, floor: flo
     return Estimate(values.mean(), np.sqrt(np.maximum(variance, floor**2)), n - 1)
 
 
-def score_tasks(predictions: pd.DataFrame, score: str) -> dict[str, Scored]:
+def score_tasks(predictions: pd.DataFrame, score: str, *, few: int = FEW_CELLS) -> dict[str, Scored]:
     """Score the runs of every task; test cells are drawn with replacement, whole groups where they have a group.
+
+    Classes with fewer than `few` test cells are not in a mean over classes, as `few_cells` says.
 
     Raises
     ------
@@ -144,11 +169,16 @@ def score_tasks(predictions: pd.DataFrame, score: str) -> dict[str, Scored]:
         or one without group.
     """
     by_task = predictions.groupby("task", sort=False, observed=True)
-    return {str(task): _score_task(str(task), rows, score) for task, rows in by_task}
+    return {str(task): _score_task(str(task), rows, score, few) for task, rows in by_task}
 
 
 def weighted_scores(
-    labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray, score: str, classes: Sequence[str]
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    weights: np.ndarray,
+    score: str,
+    classes: Sequence[str],
+    left_out: Collection[str] = (),
 ) -> np.ndarray:
     """Score runs on many samples of the same cells at once, by products of matrices.
 
@@ -158,20 +188,32 @@ def weighted_scores(
         Numbers of classes, (cells,) and (runs, cells).
     weights
         How often each cell is in each sample, (samples, cells).
+    left_out
+        Classes that are not in a mean over classes; cells of others that are called so still are wrong.
 
     Returns
     -------
     (samples, runs); a recall is NaN where a sample has no cell of the class.
     """
     numbers, weights = np.arange(len(classes)), weights.astype(np.float32)
+    kept = np.array([name not in left_out for name in classes])
     true = labels[:, None] == numbers  # (cells, classes)
     n_true = weights @ true.astype(np.float32)  # (samples, classes)
     found = np.empty((len(weights), len(predicted)))
     for run, one in enumerate(predicted):
         called = one[:, None] == numbers
         hits, n_called = (weights @ part.astype(np.float32) for part in (true & called, called))
-        found[:, run] = _score(hits, n_true, n_called, score, classes)
+        found[:, run] = _score(hits, n_true, n_called, score, classes, kept)
     return found
+
+
+def few_cells(cells: Mapping[str, int], score: str, least: int = FEW_CELLS) -> dict[str, int]:
+    """Return the classes, with their test cells, that are too small to be in a mean over classes.
+
+    Where fewer than two classes are large enough, none is left out: no score of such a task can be trusted.
+    """
+    few = {name: int(number) for name, number in cells.items() if number < least}
+    return few if score in MEANS and len(cells) - len(few) > 1 else {}
 
 
 def draw_units(n_units: int, samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -180,7 +222,9 @@ def draw_units(n_units: int, samples: int, rng: np.random.Generator) -> np.ndarr
     return np.bincount(drawn.ravel(), minlength=samples * n_units).reshape(samples, n_units)
 
 
-def _score(hits: np.ndarray, true: np.ndarray, called: np.ndarray, score: str, classes: Sequence[str]) -> np.ndarray:
+def _score(
+    hits: np.ndarray, true: np.ndarray, called: np.ndarray, score: str, classes: Sequence[str], kept: np.ndarray
+) -> np.ndarray:
     """Return a score, (samples,), from numbers of cells, (samples, classes)."""
     name, _, of_class = score.partition(":")
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -188,8 +232,8 @@ def _score(hits: np.ndarray, true: np.ndarray, called: np.ndarray, score: str, c
         f1 = np.where(true > 0, 2 * hits / (true + called), np.nan)  # a sample may lack a class
     if score == "accuracy":
         return hits.sum(axis=1) / true.sum(axis=1)
-    if score in ("macro_f1", "balanced_accuracy"):
-        return np.nanmean(f1 if score == "macro_f1" else recall, axis=1)
+    if score in MEANS:
+        return np.nanmean((f1 if score == "macro_f1" else recall)[:, kept], axis=1)
     if score == "weighted_f1":
         return np.nansum(f1 * true, axis=1) / true.sum(axis=1)
     if name == "recall" and of_class in classes:
@@ -201,7 +245,7 @@ def _score(hits: np.ndarray, true: np.ndarray, called: np.ndarray, score: str, c
     raise UserError(msg)
 
 
-def _score_task(task: str, rows: pd.DataFrame, score: str) -> Scored:
+def _score_task(task: str, rows: pd.DataFrame, score: str, few: int) -> Scored:
     rows = rows.astype(dict.fromkeys(["arm", "cell", "label", "predicted"], str))
     n_folds = rows["fold"].nunique()
     if n_folds:
@@ -232,13 +276,14 @@ def _score_task(task: str, rows: pd.DataFrame, score: str) -> Scored:
             raise UserError(msg)
     runs = pd.Index(classes).get_indexer(cells["label"]), predicted.to_numpy(int)
     counts, n_units = cells["label"].value_counts(), n_folds or int(units.max()) + 1
+    left_out = few_cells(counts.to_dict(), score, few)
     parts = pd.get_dummies(cells["fold"]).to_numpy().T if n_folds else np.ones((1, len(cells)))
     rng = np.random.default_rng(0)
     weights = (draw_units(n_units, CHUNK, rng)[:, units] for _ in range(0 if n_folds else SAMPLES // CHUNK))
-    values, *drawn = (weighted_scores(*runs, part, score, classes) for part in (parts, *weights))
+    values, *drawn = (weighted_scores(*runs, part, score, classes, left_out) for part in (parts, *weights))
     values, drawn = values[~np.isnan(values[:, 0])], np.vstack([values[:0], *drawn])
     drawn = drawn[~np.isnan(drawn[:, 0])]  # without a cell of the class whose recall is asked for, in every run
-    of_class = score.partition(":")[2]
-    floor = 1 / (counts.get(of_class, 1) if of_class else len(counts) * counts.min())
+    of_class, kept = score.partition(":")[2], counts.drop(list(left_out))
+    floor = 1 / (counts.get(of_class, 1) if of_class else len(kept) * kept.min())
     place = {run: number for number, run in enumerate(predicted.index)}
-    return Scored(place, values, drawn, counts.to_dict(), n_units, n_folds, floor)
+    return Scored(place, values, drawn, counts.to_dict(), n_units, n_folds, floor, left_out)

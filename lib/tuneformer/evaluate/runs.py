@@ -17,11 +17,14 @@ from tuneformer.artifacts import atomic_path, key, made, read_json, stored_key, 
 from tuneformer.data import bulk, fetch, qc
 from tuneformer.study import Study, TrainingKeys
 from tuneformer.tokens import encode
+from tuneformer.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tuneformer.model.fit import Outcome
 
 VERSION = "run.1"
+CHOSEN = ("train_loss", "train_macro_f1", "validation_loss", "validation_macro_f1")
+"""Scores of the epoch whose weights were kept, beside those of the test cells."""
 COST_FREE = ("device", "threads")  # they change what a run costs, and its numbers only by rounding
 
 
@@ -142,7 +145,7 @@ def _make(settings: Study, folder: Path) -> None:
     leakage.refuse_unfair(outcome, prepared, settings)
     outcome.predictions.to_parquet(folder / "predictions.parquet", index=False)
     outcome.history.to_csv(folder / "history.csv", index=False)
-    row = row_of(settings, outcome)
+    row = row_of(settings, outcome) | {"known_genes": known_genes(settings, prepared.tokens.vocabulary)}
     write_json(folder / "row.json", row)
     if outcome.model is not None:
         from tuneformer.model import classifier
@@ -161,13 +164,24 @@ def row_of(settings: Study, outcome: "Outcome") -> dict[str, Any]:
     row |= settings.arm_keys() | {"seed": settings.seed, "fold": settings.fold}
     for name in ("status", "reason", "n_train", "n_validation", "n_test", "best_epoch", "chosen_by"):
         row[name] = getattr(outcome, name)
-    best = outcome.history["epoch"] == outcome.best_epoch if len(outcome.history) else []
-    for name in ("validation_loss", "validation_macro_f1"):
-        row[name] = float(outcome.history.loc[best, name].iloc[0]) if sum(best) else None
+    kept = outcome.history[outcome.history["epoch"] == outcome.best_epoch] if len(outcome.history) else outcome.history
+    for name in CHOSEN:
+        row[name] = float(kept[name].iloc[-1]) if name in kept and len(kept) else None
     if outcome.status == "ok":
-        row |= scores.score(outcome.predictions["label"], outcome.probabilities, outcome.classes)
+        labels, predicted = outcome.predictions["label"], outcome.predictions["predicted"]
+        row["constant"] = bool(predicted.nunique() == 1 and labels.nunique() > 1)
+        options = {"ordered": settings.ordered, "groups": settings.groups}
+        row |= scores.score(labels, outcome.probabilities, outcome.classes, **options)
     row |= outcome.cost | {"key": run_key(settings)}
     return {name: None if value != value else value for name, value in row.items()}  # NaN is not JSON
+
+
+def known_genes(settings: Study, vocabulary: Vocabulary) -> float | None:
+    """Return the share of the genes of a run of which the checkpoint has embeddings; None for what reads none."""
+    if settings.is_control or (settings.is_baseline and not settings.strategy.startswith("frozen")):
+        return None
+    published = Vocabulary.read(fetch.checkpoint_dir(settings.checkpoint)).genes["ensembl_id"]
+    return float(vocabulary.genes["ensembl_id"].isin(published).mean())
 
 
 def _keep_best_model(settings: Study, folder: Path) -> None:

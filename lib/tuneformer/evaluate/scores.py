@@ -2,23 +2,31 @@
 
 In: the true class and the predicted probabilities of each test cell. Out: how many cells are right (accuracy, macro_f1,
 recall ...), how well they are ranked (macro_auroc ...), whether the probabilities can be believed (log_loss ...), how
-far off doses are; calibration and coverage curves, and counts of true by predicted class.
+far off ordered classes are; calibration and coverage curves, and counts of true by predicted class.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from tuneformer.artifacts import UserError
 
-CALIBRATION_BINS = 15
+CALIBRATION_BINS = 10
+CALIBRATED_DRAWS = 200  # of labels, for the calibration error of a model whose probabilities are right
 MICROMOLAR = {"p": 1e-6, "n": 1e-3, "u": 1.0, "µ": 1.0, "μ": 1.0, "m": 1e3, "": 1e6}  # Unicode has two signs for micro
 DOSE = re.compile(rf"(?P<number>\d+(\.\d+)?([eE][-+]?\d+)?) ?(?P<prefix>[{''.join(MICROMOLAR)}]?)M")
 
 
-def score(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+def score(
+    labels: Sequence[str],
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    *,
+    ordered: bool = False,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, float]:
     """Score the predictions of one run; the predicted class of a cell is its most probable one.
 
     Parameters
@@ -29,6 +37,10 @@ def score(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[st
         (cells, classes), columns in the order of `classes`; a row sums to 1.
     classes
         Names of the classes. Where all are doses (see `dose_values`), doses are scored too.
+    ordered
+        The classes are in order: how far off they are is scored too.
+    groups
+        Names of groups to the classes in them, which are scored too, by the sum of their probabilities.
 
     Returns
     -------
@@ -45,14 +57,21 @@ def score(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[st
     ``expected_calibration_error``
         Distance of confidence and accuracy over the bins of `reliability_curve`, weighted by their cells (Guo et al.
         2017, arXiv:1706.04599, equation 3).
+    ``calibrated_error``
+        The same that a model would show on so many cells whose probabilities are right: the mean over labels drawn from
+        its confidences. It is above 0, and the more so the fewer cells there are (Roelofs et al. 2022,
+        arXiv:2012.08668).
     ``area_under_risk_coverage``
         Mean over the cells of the share predicted wrong among those predicted at least as confidently (Geifman and
         El-Yaniv 2017, arXiv:1705.08500): 0 is perfect; confidence that says nothing gives 1 - accuracy.
-    ``quadratic_weighted_kappa``
-        Doses only: agreement beyond chance, where n places off in the order of the doses count n squared.
+    ``quadratic_weighted_kappa``, ``mean_absolute_error_classes``
+        Ordered classes and doses only: agreement beyond chance, where n places off in the order of the classes count n
+        squared; mean number of places off.
     ``mean_absolute_error_log10_dose``
         Doses only, and only if none is 0 (a vehicle has no logarithm, and to leave its cells out would reward calling a
         cell vehicle when in doubt): mean distance in powers of ten.
+    ``group_macro_f1``
+        Groups only: macro-F1 of the groups, over the cells whose class is in one.
     ``precision:<class>``, ``recall:<class>``
         NaN for a class never predicted; NaN for a class without test cells.
 
@@ -75,8 +94,10 @@ def score(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[st
     }
     found |= _of_probabilities(true, probabilities, classes)
     doses = dose_values(classes)
-    if doses is not None:
-        found |= _of_doses(true, predicted, classes, doses)
+    if doses is not None or ordered:
+        found |= _of_order(true, predicted, classes, doses)
+    if groups:
+        found["group_macro_f1"] = _of_groups(true, probabilities, classes, groups)
     for name, measure in {"precision": metrics.precision_score, "recall": metrics.recall_score}.items():
         values = measure(true, predicted, average=None, **options)
         found |= {f"{name}:{one}": value for one, value in zip(classes, values, strict=True)}
@@ -101,20 +122,17 @@ def reliability_curve(
 ) -> pd.DataFrame:
     """Compare the confidence of the predictions, their highest probability, with how often they are right.
 
-    Source: Guo et al. 2017 (arXiv:1706.04599), section 2. Parameters and errors as `score`.
+    Parameters and errors as `score`.
 
     Returns
     -------
-    One row per bin of equal width: ``low`` and ``high`` (a confidence of exactly ``low`` belongs to the bin below),
-    ``cells``, and their mean ``confidence`` and ``accuracy``, NaN in a bin without cells.
+    One row per bin, from the least confident: ``cells``, about as many in each (equal confidences share a bin), and
+    their mean ``confidence`` and ``accuracy``.
     """
     confidence, right = _confidence(labels, probabilities, classes)
-    edges = np.linspace(0, 1, bins + 1)
-    cells = pd.DataFrame({"bin": np.digitize(confidence, edges[1:-1], right=True)})
-    by_bin = cells.assign(confidence=confidence, accuracy=right).groupby("bin")
-    counts = by_bin.size().reindex(range(bins), fill_value=0)
-    table = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "cells": counts})
-    return table.join(by_bin[["confidence", "accuracy"]].mean()).rename_axis(index=None)
+    table = pd.DataFrame({"cells": 1, "confidence": confidence, "accuracy": right.astype(float)})
+    steps = {"cells": "sum", "confidence": "mean", "accuracy": "mean"}
+    return table.groupby(_bins(confidence, bins)).agg(steps).reset_index(drop=True)
 
 
 def coverage_curve(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]) -> pd.DataFrame:
@@ -169,28 +187,63 @@ def _of_probabilities(true: np.ndarray, probabilities: np.ndarray, classes: list
     if len(classes) > 1:
         exact = probabilities / probabilities.sum(axis=1, keepdims=True)  # float32 sums to 1 but for its rounding
         found["log_loss"] = log_loss(numbers, exact, labels=range(len(classes)))
-    bins = reliability_curve(true, probabilities, classes)
-    gap = (bins["confidence"] - bins["accuracy"]).abs()
     curve = coverage_curve(true, probabilities, classes)
     added = curve["coverage"].diff().fillna(curve["coverage"])
-    found["expected_calibration_error"] = (gap * bins["cells"]).sum() / len(true)
+    confidence, right = _confidence(true, probabilities, classes)
+    drawn = np.random.default_rng(0).random((CALIBRATED_DRAWS, len(true))) < confidence
+    found["expected_calibration_error"] = _calibration_errors(confidence, right[None])[0]
+    found["calibrated_error"] = _calibration_errors(confidence, drawn).mean()
     found["area_under_risk_coverage"] = ((1 - curve["accuracy"]) * added).sum()
     return found
 
 
-def _of_doses(true: np.ndarray, predicted: np.ndarray, classes: list[str], doses: np.ndarray) -> dict[str, float]:
-    """Return the scores that depend on the order and the size of the doses."""
+def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin of each cell, from 0; equal confidences are in one."""
+    edges = np.unique(np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1]))
+    return np.unique(np.digitize(confidence, edges, right=True), return_inverse=True)[1]
+
+
+def _calibration_errors(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the calibration error of each row of `right`, (draws, cells)."""
+    bins = _bins(confidence, CALIBRATION_BINS)
+    sums = (right - confidence) @ (bins[:, None] == np.arange(bins.max() + 1))  # (draws, bins)
+    return np.abs(sums).sum(axis=1) / len(confidence)
+
+
+def _of_order(
+    true: np.ndarray, predicted: np.ndarray, classes: list[str], doses: np.ndarray | None
+) -> dict[str, float]:
+    """Return the scores that depend on the order of the classes, and on the size of doses."""
     from sklearn.metrics import cohen_kappa_score
 
-    ordered = [classes[place] for place in np.argsort(doses, kind="stable")]
+    ordered = classes if doses is None else [classes[place] for place in np.argsort(doses, kind="stable")]
+    place = pd.Series(range(len(ordered)), index=ordered)
     found = {"quadratic_weighted_kappa": np.nan}
     if len({*true, *predicted}) > 1:
         found["quadratic_weighted_kappa"] = cohen_kappa_score(true, predicted, labels=ordered, weights="quadratic")
-    if (doses > 0).all():
+    found["mean_absolute_error_classes"] = np.abs(place[true].to_numpy() - place[predicted].to_numpy()).mean()
+    if doses is not None and (doses > 0).all():
         power = pd.Series(np.log10(doses), index=classes)
-        off = power[true].to_numpy() - power[predicted].to_numpy()
-        found["mean_absolute_error_log10_dose"] = np.abs(off).mean()
+        found["mean_absolute_error_log10_dose"] = np.abs(power[true].to_numpy() - power[predicted].to_numpy()).mean()
     return found
+
+
+def _of_groups(
+    true: np.ndarray, probabilities: np.ndarray, classes: list[str], groups: Mapping[str, Sequence[str]]
+) -> float:
+    """Return the macro-F1 of groups of classes."""
+    from sklearn.metrics import f1_score
+
+    group_of = {name: group for group, names in groups.items() for name in names}
+    names = [*groups]
+    sums = np.column_stack(
+        [probabilities[:, [group_of.get(one) == name for one in classes]].sum(axis=1) for name in names]
+    )
+    grouped = np.array([group_of.get(name, "") for name in true])
+    tested = grouped != ""
+    called = np.array(names)[sums.argmax(axis=1)]
+    present = [name for name in names if name in grouped]
+    return f1_score(grouped[tested], called[tested], average="macro", labels=present) if present else np.nan
 
 
 def _confidence(

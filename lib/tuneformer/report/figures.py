@@ -6,8 +6,8 @@ In: tables (history, predictions, `results.Results`). Out: matplotlib figures, a
 
 import itertools
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,8 +20,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tuneformer import paths
 from tuneformer.artifacts import atomic_path, write_text
-from tuneformer.evaluate import scores
-from tuneformer.report.tables import COSTS, lines_of, score_name
+from tuneformer.evaluate.resampling import FEW_CELLS
+from tuneformer.report.tables import COSTS, heading, lines_of
 from tuneformer.study import Study
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ KINDS = {"fine-tuned": PALETTE[0], "control": CONTROL, "baseline": PALETTE[1]}
 LEGEND_MOST = 12  # names that a legend can hold
 MOST_BARS = 6  # lines whose intervals can be told apart
 TICKS = {"size": 13, "linewidth": 1.3, "alpha": 0.5, "jitter": False}  # one short line per run
-FEW_CELLS = 10  # a class with fewer test cells than this decides nothing
+CEILING = {"color": "black", "linestyle": "--", "linewidth": 1.3, "label": "ceiling (Bayes)"}
 WIDE = 20  # ratio of values above which an axis is logarithmic
 BARS = {"estimator": "median", "errorbar": ("pi", 100)}  # of (low, mean, high): the mean, with bars from low to high
 
@@ -72,9 +72,6 @@ def save(figure: Figure, settings: Study, name: str, data: pd.DataFrame | None =
     return [paths.shown(stem.with_name(f"{name}.{ending}")) for ending in endings]
 
 
-# --- the results of a study (06) ---
-
-
 def arm_scores(results: "Results") -> Figure:
     """Draw every run of every arm, with mean and interval as the answer has them, one panel per task.
 
@@ -82,14 +79,17 @@ def arm_scores(results: "Results") -> Figure:
     """
     answer = results.answer
     asked = answer["tasks"]
-    order = list(dict.fromkeys(arm["arm"] for task in asked for arm in task["arms"]))
-    figure, axes = _panels(len(asked), 0.8 + 0.3 * len(order), names=order, legend=list(KINDS))
+    order = list(dict.fromkeys(arm["arm"] for task in asked for arm in task["arms"] if not arm["is_ceiling"]))
+    figure, axes = _panels(len(asked), 0.8 + 0.3 * len(order), names=order, legend=[*KINDS, CEILING["label"]])
+    judged, has_ceiling = results.judged, False
     for ax, task in zip(axes, asked, strict=True):
         arms = pd.DataFrame(task["arms"])
+        has_ceiling |= _ceiling(ax.axvline, task)
+        arms = arms[~arms["is_ceiling"]]
         kind = np.select([arms["is_baseline"], arms["is_control"]], ["baseline", "control"], "fine-tuned")
         kinds = dict(zip(arms["arm"], kind, strict=True))
         clear = {one["arm"] for one in task["contrasts"] if one["verdict"] in ("higher", "lower")}
-        runs = results.runs[results.runs["task"] == task["task"]]
+        runs = judged[(judged["task"] == task["task"]) & judged["arm"].isin(order)]
         look = {"order": order, "palette": KINDS, "legend": False, "ax": ax}
         sns.stripplot(runs, x=answer["score"], y="arm", hue=runs["arm"].map(kinds), marker="|", **TICKS, **look)
         for is_clear in (False, True):
@@ -98,12 +98,14 @@ def arm_scores(results: "Results") -> Figure:
                 face = {} if is_clear else {"markerfacecolor": "white"}
                 points = {"markers": "D", "markersize": 7, "linestyle": "none", "err_kws": {"linewidth": 2.2}, **BARS}
                 sns.pointplot(bars, x="value", y="arm", hue=bars["arm"].map(kinds), **points, **face, **look)
-        ax.set(xlabel=score_name(answer["score"]), ylabel="", title=task["task"])
+        ax.set(xlabel=heading(answer["score"]), ylabel="", title=task["task"])
     shown = [kind for kind in KINDS if kind in {*kinds.values()}]
     handles = [Line2D([], [], color=KINDS[kind], marker="D", linewidth=2.2, label=kind) for kind in shown]
+    handles += [Line2D([], [], **CEILING)] if has_ceiling else []
     _head(figure, "Test score of every arm", results, handles=handles)
     key = "Ticks: runs. Diamond and line: mean and 95 % interval; filled where a contrast finds it higher or lower."
-    _foot(figure, key)
+    same = " logistic_ranks reads what the model reads: the tokens of a cell." if "logistic_ranks" in order else ""
+    _foot(figure, key + same)
     return figure
 
 
@@ -113,7 +115,13 @@ def contrast_differences(results: "Results") -> Figure:
     The band is the margin within which two arms count as the same.
     """
     answer = results.answer
-    looks = {"higher": PALETTE[0], "lower": PALETTE[1], "same": PALETTE[2], "not decided": CONTROL}
+    looks = {
+        "higher": PALETTE[0],
+        "lower": PALETTE[1],
+        "same": PALETTE[2],
+        "not decided": CONTROL,
+        "withheld": "#b0b0b0",
+    }
     rows = pd.DataFrame([{**one, "task": task["task"]} for task in answer["tasks"] for one in task["contrasts"]])
     rows["label"] = rows["contrast"] + ": " + rows["arm"] + " - " + rows["reference"]
     rows["mean"] = rows["difference"].astype(float)
@@ -125,10 +133,10 @@ def contrast_differences(results: "Results") -> Figure:
         for verdict, color in looks.items():
             bars = _low_mean_high(rows[(rows["task"] == task) & (rows["verdict"] == verdict)])
             if len(bars):
-                face = {"markerfacecolor": "white"} if verdict == "not decided" else {}
+                face = {"markerfacecolor": "white"} if verdict in ("not decided", "withheld") else {}
                 points = {"markers": "o", "markersize": 7, "linestyle": "none", "err_kws": {"linewidth": 2.2}, **BARS}
                 sns.pointplot(bars, x="value", y="label", order=order, color=color, ax=ax, **points, **face)
-        ax.set(xlabel=f"Difference in {score_name(answer['score'])}", ylabel="", title=task)
+        ax.set(xlabel=f"Difference in {heading(answer['score'])}", ylabel="", title=task)
         ax.set_yticks(range(len(order)), order)
         ax.set_ylim(len(order) - 0.5, -0.5)
     found = [name for name in looks if name in set(rows["verdict"])]
@@ -146,7 +154,9 @@ def by_columns(results: "Results") -> Figure:
     """
     wanted = results.settings.figure
     x, y = wanted["x"], wanted.get("y", results.answer["score"])
-    runs, is_judged = results.runs[results.runs[y].notna()], y == results.answer["score"]
+    runs, is_judged = results.judged, y == results.answer["score"]
+    ceilings = {arm["arm"] for task in results.answer["tasks"] for arm in task["arms"] if arm["is_ceiling"]}
+    runs = runs[runs[y].notna() & ~runs["arm"].isin(ceilings)]
     lines = lines_of(runs, x, wanted.get("hue"))
     runs = runs.drop(columns=x).join(lines, on="arm")
     levels = list(lines.loc[lines[x].notna(), "line"].unique())
@@ -177,13 +187,33 @@ def by_columns(results: "Results") -> Figure:
         styles = itertools.cycle(("--", ":", "-.", (0, (6, 2))))
         for name, mean in bars.loc[bars[x].isna(), "mean"].items():
             ax.axhline(mean, color=CONTROL, linestyle=next(styles), linewidth=1.3, label=f"arm {name}")
-        ax.set(xlabel=score_name(x), ylabel=score_name(y), title=task["task"])
+        _ceiling(ax.axhline, task if is_judged else {"arms": []})
+        ax.set(xlabel=heading(x), ylabel=heading(y), title=task["task"])
         handles = ax.get_legend_handles_labels()
         if ax.get_legend():
             ax.get_legend().remove()
-    figure.legend(*handles, loc="outside right center", title=score_name(wanted["hue"]) if "hue" in wanted else None)
-    _head(figure, f"{score_name(y)} by {score_name(x).lower()}", results)
+    figure.legend(*handles, loc="outside right center", title=heading(wanted["hue"]) if "hue" in wanted else None)
+    _head(figure, f"{heading(y)} by {heading(x).lower()}", results)
     _foot(figure, "Faint: runs. Lines and marks: means" + (", with the 95 % interval." if shows_bars else "."))
+    return figure
+
+
+def class_sizes(results: "Results") -> Figure:
+    """Draw the test cells of each class, one panel per task; hatched: too few, and left out of a mean over classes."""
+    asked = [task for task in results.answer["tasks"] if task["test_cells"]]
+    most = max(len(task["test_cells"]) for task in asked)
+    names = [name for task in asked for name in task["test_cells"]]
+    figure, axes = _panels(len(asked), 0.5 + 0.3 * most, names=names, legend=[])
+    for ax, task in zip(axes, asked, strict=True):
+        ax.sharey(ax)  # classes differ from task to task
+        cells = pd.Series(task["test_cells"])
+        bars = ax.barh(cells.index, cells, color=PALETTE[0])
+        for bar, name in zip(bars, cells.index, strict=True):
+            bar.set(hatch="///" if name in task["left_out"] else None, edgecolor="white")
+        ax.bar_label(bars, [f" {n:,} ({n / cells.sum():.0%})" for n in cells], fontsize=9)
+        ax.set(xlabel="Test cells", title=task["task"], xlim=(0, 1.35 * cells.max()))
+        ax.invert_yaxis()
+    _head(figure, "How many cells each class has", results)
     return figure
 
 
@@ -200,7 +230,7 @@ def class_recalls(results: "Results", task: str) -> Figure:
     figure, ax = plt.subplots(figsize=(3.4 + 0.85 * table.shape[1], 1.7 + 0.32 * len(table)), layout="constrained")
     look = {"cmap": "Blues", "vmin": 0, "vmax": 1, "annot": True, "fmt": ".2f", "linewidths": 1}
     sns.heatmap(table.set_axis(names, axis=1), cbar_kws={"label": "Recall"}, annot_kws={"size": 9}, ax=ax, **look)
-    _plain_heatmap(ax)
+    plain_heatmap(ax)
     ax.set(ylabel="", xlabel="")
     _head(figure, f"{task}: share of each class that is found", results)
     if few:
@@ -210,10 +240,12 @@ def class_recalls(results: "Results", task: str) -> Figure:
 
 def cost_and_score(results: "Results") -> Figure:
     """Draw the score of every run against what it cost: rows are costs, columns are tasks."""
-    score, runs = results.answer["score"], results.runs
+    score, runs = results.answer["score"], results.judged
     costs = [cost for cost in COSTS if cost in runs and runs[cost].notna().any()]
     trained = runs[runs[score].notna()].rename(columns={"arm": "Arm", "strategy": "Strategy"})
-    long = trained.melt([score, "task", "Arm", "Strategy"], costs, "cost", "value").query("value > 0")
+    long = trained.melt([score, "task", "Arm", "Strategy"], costs, "cost", "value").query(
+        "value > 0 and Strategy != 'bayes'"
+    )
     name = "Arm" if long["Arm"].nunique() <= LEGEND_MOST else "Strategy"
     grid = sns.relplot(
         long, x="value", y=score, row="cost", col="task", hue=name, style=name, palette=_palette(long[name].unique()),
@@ -221,7 +253,7 @@ def cost_and_score(results: "Results") -> Figure:
     )  # fmt: skip
     for (cost, task), ax in grid.axes_dict.items():
         _number_axis(ax, long.loc[long["cost"] == cost, "value"], at_values=False)
-        ax.set(xlabel=COSTS[cost], ylabel=score_name(score), title=task if cost == costs[0] else "")
+        ax.set(xlabel=COSTS[cost], ylabel=heading(score), title=task if cost == costs[0] else "")
         ax.tick_params(labelbottom=True)
     handles, names = grid.legend.legend_handles, [text.get_text() for text in grid.legend.texts]
     grid.legend.remove()
@@ -229,89 +261,6 @@ def cost_and_score(results: "Results") -> Figure:
     grid.figure.legend(handles, names, loc="outside right center", title=name)
     _head(grid.figure, "What a run costs and what it scores", results)
     return grid.figure
-
-
-# --- one job (05) ---
-
-
-def training_curves(history: pd.DataFrame, *, title: str = "") -> Figure:
-    """Draw losses (nats per cell) and validation scores per epoch, one thin line per run.
-
-    Parameters
-    ----------
-    history
-        Column epoch and, where there are several runs, seed and fold; every column with ``loss`` in its name goes to
-        the left, the validation scores to the right. A column best_epoch marks the epochs whose weights were kept.
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    losses = {name: name.replace("_", " ") for name in history if "loss" in name}
-    rates = {"validation_accuracy": "accuracy", "validation_macro_f1": "macro-F1"}
-    rates = {name: label for name, label in rates.items() if name in history}
-    keys = [key for key in ("seed", "fold", "best_epoch") if key in history and history[key].notna().any()]
-    for ax, names, label in zip(axes, (losses, rates), ("Loss (nats per cell)", "Validation score"), strict=True):
-        if names:
-            long = history.melt(["epoch", *keys], names, "measure", "value").replace({"measure": names})
-            look = {"x": "epoch", "y": "value", "hue": "measure", "hue_order": list(names.values()), "ax": ax}
-            run = long[keys].astype(str).agg("/".join, axis=1) if keys else None
-            sns.lineplot(long, units=run, estimator=None, alpha=0.7, **look)
-            if "best_epoch" in keys:
-                sns.scatterplot(long[long["epoch"] == long["best_epoch"]], s=45, legend=False, **look)
-            ax.legend(title=None)
-        ax.set(xlabel="Epoch", ylabel=label)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
-
-
-def confusion(table: pd.DataFrame, title: str) -> Figure:
-    """Draw what became of the cells of each class; a row of `table`, from `scores.confusion`, sums to one."""
-    size = 2.6 + 0.75 * len(table)
-    figure, ax = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
-    ax.set_title(title)
-    if not table.to_numpy().any():
-        ax.text(0.5, 0.5, "no predictions", ha="center", va="center")
-        return figure
-    shares = table.div(table.sum(axis=1).replace(0, np.nan), axis=0)
-    look = {"cmap": "Blues", "vmin": 0, "vmax": 1, "annot": True, "fmt": ".2f", "linewidths": 1, "square": True}
-    sns.heatmap(shares, cbar=False, annot_kws={"size": 10 if len(table) <= 5 else 8}, ax=ax, **look)
-    _plain_heatmap(ax)
-    ax.set(xlabel="Predicted class", ylabel="True class")
-    return figure
-
-
-def confidence_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
-    """Draw whether a model is as often right as it is sure, and how right it is where it is surest.
-
-    `predictions`: label and ``probability:<class>``, of several runs all together; no rows if all of them failed.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    left.plot([0, 1], [0, 1], color=CONTROL, linestyle="--", linewidth=1.2, label="as sure as right")
-    if len(predictions):
-        shares = predictions.filter(regex="^probability:")
-        given = (predictions["label"], shares.to_numpy(), list(shares.columns.str.removeprefix("probability:")))
-        bins = scores.reliability_curve(*given)
-        sns.lineplot(bins, x="confidence", y="accuracy", marker="o", label="this arm", ax=left)
-        sns.lineplot(scores.coverage_curve(*given), x="coverage", y="accuracy", errorbar=None, ax=right)
-    left.set(xlabel="Confidence (highest probability)", ylabel="Share predicted right", xlim=(0, 1), ylim=(0, 1.02))
-    right.set(xlabel="Share of the cells predicted, the surest first", xlim=(0, 1))
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
-
-
-def roc_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
-    """Draw the ROC curve of each class that has test cells against the rest, from the probabilities of all runs."""
-    from sklearn.metrics import RocCurveDisplay
-
-    figure, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    ax.plot([0, 1], [0, 1], color=CONTROL, linestyle=":", label="chance")
-    names = predictions.filter(regex="^probability:").columns.str.removeprefix("probability:")
-    for name in names[names.isin(predictions["label"].astype(str).unique())]:
-        truth = predictions["label"].astype(str) == name
-        RocCurveDisplay.from_predictions(truth, predictions[f"probability:{name}"], name=name, ax=ax)
-    ax.set(xlabel="False positive rate", ylabel="True positive rate", title=title, aspect="auto")
-    ax.legend().remove()
-    figure.legend(loc="outside right center")
-    return figure
 
 
 # --- shared ---
@@ -325,6 +274,14 @@ def _panels(
     size = (1.2 + left + right + (4.2 if number == 1 else 2.7 if names else 3.6) * number, height + 1.1)
     figure, axes = plt.subplots(1, number, figsize=size, sharey=bool(names), squeeze=False, layout="constrained")
     return figure, list(axes[0])
+
+
+def _ceiling(draw: Callable[..., Line2D], task: Mapping[str, Any]) -> bool:
+    """Draw what no classifier can expect to exceed, where the cells are simulated and it is known; say whether."""
+    found = [arm["mean"] for arm in task["arms"] if arm["is_ceiling"] and arm["mean"] is not None]
+    if found:
+        draw(np.mean(found), **CEILING)
+    return bool(found)
 
 
 def _low_mean_high(table: pd.DataFrame) -> pd.DataFrame:
@@ -359,7 +316,8 @@ def _short_number(value: float, _place: int = 0) -> str:
     return f"{value:.3g}"
 
 
-def _plain_heatmap(ax: Axes) -> None:
+def plain_heatmap(ax: Axes) -> None:
+    """Take grid and tick marks from a heatmap, and write long names aslant."""
     ax.grid(visible=False)
     ax.tick_params(length=0)
     ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")

@@ -20,7 +20,7 @@ from pygments.formatters import HtmlFormatter
 import tuneformer
 from tuneformer import paths
 from tuneformer.artifacts import UserError, atomic_path
-from tuneformer.evaluate import compare
+from tuneformer.evaluate import telling
 from tuneformer.keys import TrainingKeys
 from tuneformer.model.strategies import STRATEGIES
 from tuneformer.report import results as study_results
@@ -34,17 +34,19 @@ CAPTIONS = {
     "count as the same.",
     "columns": "The score by what the study varies. Faint dots are runs, lines are means with their 95 % intervals.",
     "recall": "Share of the test cells of each class that each arm finds, as a mean over the seeds.",
+    "classes": "Test cells of each class. Hatched: fewer than ten, and left out of the judged score.",
     "cost": "What a run costs and what it scores. Up and to the left is better.",
 }
 """By the first word of a figure's name, in the order of the page; others follow under their names."""
 PIXELS = 1.75  # of a figure file per pixel of the page
-SENTENCES = 3  # of the answer that are shown at once; the others unfold
 BASELINES = {
     "majority": "Always the shares of the classes among the training cells.",
     "logistic_counts": "Logistic regression on the normalised counts of the most variable genes.",
-    "logistic_ranks": "Logistic regression on the ranks of the genes, which is what Geneformer reads.",
+    "logistic_ranks": "Logistic regression on the ranks of the genes among a cell's tokens: the very information that "
+    "the fine-tuned model reads. What logistic_counts has beyond it are the genes and counts that tokens leave out.",
     "knn_pca": "Nearest neighbours in the principal components of the normalised counts.",
     "frozen_embedding_ridge": "Ridge regression on the mean embedding of a cell by the untouched pre-trained model.",
+    "bayes": "The ceiling: the best that can be expected of any classifier, from knowing how the cells were simulated.",
     "expression": "Genes: logistic regression on how a gene is expressed.",
     "frozen_embedding": "Genes: logistic regression on the gene's input embedding, which no cell changes.",
     "frozen_context": "Genes: logistic regression on the gene's embedding in cells, by the untouched model.",
@@ -150,7 +152,8 @@ def _section(site: Path, found: Results, convert: _Converter) -> dict[str, Any]:
     target.mkdir(parents=True)
     for name in ("runs.csv", "answer.json", "study.yaml"):
         shutil.copyfile(found.folder / name, target / name)
-    contrasts, arms = tables.contrasts(answer), tables.arms(answer, found.runs)
+    shown = {"What was asked": tables.contrasts(answer), "Every arm, best first": tables.arms(answer, found.runs)}
+    shown["Beside the score (means over the runs)"] = tables.beside(answer, found.runs)
     failed = int((found.runs["status"] != "ok").sum())
     return {
         "name": study,
@@ -158,10 +161,12 @@ def _section(site: Path, found: Results, convert: _Converter) -> dict[str, Any]:
         "simulated": answer["simulated"],
         "demo_checkpoint": found.settings.checkpoint == "demo",
         "here": found.is_of_this_machine,
-        "answers": {task["task"]: [compare.sentence(one) for one in task["contrasts"]] for task in answer["tasks"]},
-        "shown": SENTENCES,
+        "answers": {
+            task["task"]: (task["recommendation"], [telling.sentence(one) for one in task["contrasts"]])
+            for task in answer["tasks"]
+        },
         "rule": answer["rule"],
-        "tables": {"What was asked": _by_task(contrasts), "Every arm, best first": _by_task(arms)},
+        "tables": {title: _by_task(table) for title, table in shown.items()},
         "keys": _varied(found.settings.arms),
         "finished": f"{len(found.runs)} runs, {failed or 'none'} of them failed.",
         "figures": _figures(site, found),

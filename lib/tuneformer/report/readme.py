@@ -1,8 +1,9 @@
 """What ``README.md`` may say: generated tables between marks, and prose whose claims are checked.
 
-A table is written between ``<!-- numbers: STUDY -->`` (arms) or ``<!-- numbers: STUDY contrasts -->`` and
-``<!-- end -->``. A sentence written by hand carries, on its line, ``<!-- claim: STUDY TASK CONTRAST VERDICT
-[DIFFERENCE] -->``: `checked_claims` compares verdict and difference with the published ``answer.json``.
+A table is written between ``<!-- numbers: STUDY -->`` (arms), ``<!-- numbers: STUDY contrasts -->`` or ``<!-- numbers:
+STUDY recommendation -->`` (what to do, by task) and ``<!-- end -->``. A sentence written by hand carries, on its line,
+``<!-- claim: STUDY TASK CONTRAST VERDICT [DIFFERENCE] -->``: `checked_claims` compares verdict and difference with the
+published ``answer.json``.
 """
 
 import re
@@ -16,17 +17,20 @@ from tuneformer.artifacts import UserError, read_json
 from tuneformer.report import tables
 
 NUMBERS = re.compile(
-    r"(<!-- numbers: (?P<study>\S+)(?: (?P<what>contrasts))? -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL
+    r"(<!-- numbers: (?P<study>\S+)(?: (?P<what>contrasts|recommendation))? -->\n)(?P<table>.*?)(<!-- end -->)",
+    re.DOTALL,
 )
 CLAIM = re.compile(r"<!-- claim: (.*?)-->", re.DOTALL)
-VERDICTS = "higher|lower|same|not decided"
+VERDICTS = "higher|lower|same|not decided|withheld"
 PARTS = re.compile(
     rf"(?P<study>\S+) (?P<task>\S+) (?P<contrast>.+?) (?P<verdict>{VERDICTS})(?: (?P<number>[-+]?\d\.\d+))?"
 )
 
 
 def readme_block(answer: Mapping[str, Any], runs: pd.DataFrame, *, what: str = "arms") -> str:
-    """Return a table of a study as Markdown: a row per arm and a column per task, or a row per contrast."""
+    """Return part of an answer as Markdown: a row per arm and a column per task, a row per contrast, or what to do."""
+    if what == "recommendation":
+        return "".join(f"- `{task['task']}`: {' '.join(task['recommendation'])}\n" for task in answer["tasks"])
     if what == "contrasts":
         return tables.markdown(tables.contrasts(answer)) + "\n"
     long = tables.arms(answer, runs)

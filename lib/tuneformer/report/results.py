@@ -28,7 +28,15 @@ from tuneformer.study import Study, TaskKeys, jobs, load_study
 FILES = ("runs.csv", "predictions.parquet", "history.parquet", "answer.json", "study.yaml")
 PLACE = ["task", "arm", "seed", "fold"]
 PREDICTED = ["cell", "label", "predicted"]
-EPOCH = ["epoch", "train_loss", "validation_loss", "validation_accuracy", "validation_macro_f1", "seconds"]
+EPOCH = [
+    "epoch",
+    "train_loss",
+    "train_macro_f1",
+    "validation_loss",
+    "validation_accuracy",
+    "validation_macro_f1",
+    "seconds",
+]
 PACKAGES = ("tuneformer", "torch", "transformers", "peft", "anndata", "datasets", "numpy", "pandas", "scikit-learn")
 
 
@@ -46,6 +54,25 @@ class Results:
     history: pd.DataFrame
     answer: dict[str, Any]
     folder: Path
+
+    @property
+    def judged(self) -> pd.DataFrame:
+        """``runs``, with the score as it is judged: in a mean over classes those with few test cells are left out."""
+        score, few = self.answer["score"], {task["task"]: task["left_out"] for task in self.answer["tasks"]}
+        if not any(few.values()):
+            return self.runs
+        from sklearn.metrics import f1_score, recall_score
+
+        measure = {"macro_f1": f1_score, "balanced_accuracy": recall_score}[score]
+        found = {}
+        names = self.predictions.astype({"task": str, "arm": str, "label": str, "predicted": str})
+        for place, rows in names.groupby(PLACE, dropna=False):
+            kept = [name for name in rows["label"].unique() if name not in few[place[0]]]
+            found[tuple(map(str, place))] = measure(
+                rows["label"], rows["predicted"], labels=kept, average="macro", zero_division=0
+            )
+        places = self.runs[PLACE].astype({"fold": "Int64"}).astype(str).apply(tuple, axis=1)
+        return self.runs.assign(**{score: places.map(found)})
 
     @property
     def is_of_this_machine(self) -> bool:

@@ -10,25 +10,34 @@ from typing import Any
 import pandas as pd
 
 from tuneformer.arms import READ_BY
+from tuneformer.evaluate.telling import WITHHELD, score_name
 from tuneformer.keys import TrainingKeys
 
 MISSING = "-"
 LEAST_P = 0.001  # smaller p values are not written out
 NAMES = {
-    "macro_f1": "Macro-F1",
-    "auc": "AUC",
     "k": "Cells behind a point (k)",
     "cells_per_class": "Training cells per class",
     "train_cells": "Training cells",
     "share": "Share of synthetic cells",
 }
+BESIDE = {
+    "train_macro_f1": "Macro-F1 of training cells",
+    "validation_macro_f1": "… of validation cells",
+    "macro_f1": "… of test cells",
+    "group_macro_f1": "… of groups of classes",
+    "quadratic_weighted_kappa": "Weighted kappa",
+    "mean_absolute_error_classes": "Classes off",
+    "expected_calibration_error": "Calibration error",
+    "calibrated_error": "… if calibrated",
+}
 COSTS = {"wall_seconds": "Training time (s)", "trainable_parameters": "Parameters that learn"}
 
 
-def score_name(score: str) -> str:
+def heading(column: str) -> str:
     """Return a score or another column of ``runs.csv`` as figures and tables name it."""
-    words = score.replace("macro_f1", "macro-F1").replace(":", " of ").replace("_", " ")
-    return NAMES.get(score) or COSTS.get(score) or words[:1].upper() + words[1:]
+    words = score_name(column)
+    return NAMES.get(column) or COSTS.get(column) or words[:1].upper() + words[1:]
 
 
 def with_interval(value: float, low: float, high: float, *, sign: str = "") -> str:
@@ -40,11 +49,11 @@ def with_interval(value: float, low: float, high: float, *, sign: str = "") -> s
 
 
 def arms(answer: Mapping[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
-    """List the arms of every task, best first: score with interval, runs (failed ones said), mean time and parameters.
+    """List the arms of every task, best first: score with interval, runs, mean time and parameters.
 
-    Text, with the columns Task and Arm first.
+    Text, with the columns Task and Arm first. Runs that failed, and those that called all cells the same, are counted.
     """
-    score = f"{score_name(answer['score'])} (95 % interval)"
+    score = f"{heading(answer['score'])} (95 % interval)"
     rows = []
     for task in answer["tasks"]:
         of_task = runs[runs["task"] == task["task"]]
@@ -52,7 +61,9 @@ def arms(answer: Mapping[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
         for arm in task["arms"]:
             n_all = arm["n_runs"] + arm["n_failed"]
             done = f"{arm['n_runs']} of {n_all}" if arm["n_failed"] else f"{n_all}"
-            row = {"Task": task["task"], "Arm": arm["arm"], score: with_interval(arm["mean"], arm["low"], arm["high"])}
+            done += f", {arm['n_constant']} of one class" if arm["n_constant"] else ""
+            name = f"{arm['arm']} (ceiling)" if arm["is_ceiling"] else arm["arm"]
+            row = {"Task": task["task"], "Arm": name, score: with_interval(arm["mean"], arm["low"], arm["high"])}
             seconds, parameters = costs.loc[arm["arm"]] if arm["arm"] in costs.index else (None, None)
             row |= {"Runs": done, COSTS["wall_seconds"]: MISSING if pd.isna(seconds) else f"{seconds:,.1f}"}
             row[COSTS["trainable_parameters"]] = MISSING if pd.isna(parameters) else f"{parameters:,.0f}"
@@ -68,16 +79,28 @@ def contrasts(answer: Mapping[str, Any]) -> pd.DataFrame:
             "Contrast": one["contrast"],
             "Arm": one["arm"],
             "against": one["reference"],
-            f"Difference in {score_name(answer['score'])} (95 % interval)": with_interval(
+            f"Difference in {heading(answer['score'])} (95 % interval)": with_interval(
                 one["difference"], one["low"], one["high"], sign="+"
             ),
             "p (Holm)": _p_value(one["p_holm"]),
-            "Verdict": f"same within {answer['margin']:g}" if one["verdict"] == "same" else one["verdict"],
+            "Verdict": _verdict(one),
         }
         for task in answer["tasks"]
         for one in task["contrasts"]
     ]
     return pd.DataFrame(rows)
+
+
+def beside(answer: Mapping[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
+    """List what else is known of each arm: the columns `BESIDE` of its runs, as means.
+
+    Text, with the columns Task and Arm first.
+    """
+    known = {name: text for name, text in BESIDE.items() if name in runs and runs[name].notna().any()}
+    means = runs.groupby(["task", "arm"])[[*known]].mean()
+    order = [(task["task"], arm["arm"]) for task in answer["tasks"] for arm in task["arms"] if arm["n_runs"]]
+    shown = means.loc[order].map(lambda value: MISSING if pd.isna(value) else f"{value:.3f}")
+    return shown.rename(columns=known).rename_axis(index=["Task", "Arm"]).reset_index()
 
 
 def folds(runs: pd.DataFrame, predictions: pd.DataFrame, score: str) -> pd.DataFrame:
@@ -95,9 +118,7 @@ def folds(runs: pd.DataFrame, predictions: pd.DataFrame, score: str) -> pd.DataF
     right = predictions["label"].astype(str) == predictions["predicted"].astype(str)
     pooled = right.groupby([predictions["task"].astype(str), predictions["arm"].astype(str)]).mean()
     shown = pd.DataFrame(index=spread.index)
-    shown[f"{score_name(score)}, mean ± sd over folds"] = [
-        f"{mean:.3f} ± {sd:.3f}" for mean, sd, _ in spread.to_numpy()
-    ]
+    shown[f"{heading(score)}, mean ± sd over folds"] = [f"{mean:.3f} ± {sd:.3f}" for mean, sd, _ in spread.to_numpy()]
     shown["Folds"] = spread["count"]
     shown["Accuracy, all cells pooled"] = pooled.reindex(spread.index).map("{:.3f}".format)
     return shown
@@ -110,6 +131,11 @@ def lines_of(runs: pd.DataFrame, x: str, hue: str | None) -> pd.DataFrame:
     for name in filter(None, (x, hue)):
         reader, values = READ_BY.get(name, ("", set()))
         arms[name] = arms[name].where(arms[reader].isin(values)) if reader else arms[name]
+    if x in ("cells_per_class", "train_cells"):  # null takes all
+        first = runs.groupby("arm", sort=False).first()
+        n_classes = first.filter(like="recall:").notna().sum(axis=1) if x == "cells_per_class" else 1
+        n_all = (first["n_train"] / n_classes).round()
+        arms[x] = arms[x].fillna(n_all.where(arms["train_set"] == "single_cell") if "train_set" in arms else n_all)
     texts = arms[keys].map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
     usual = texts[arms[x].notna()].mode().iloc[0]
     for arm in arms.index:
@@ -129,3 +155,9 @@ def _p_value(p: float | None) -> str:
     if p is None or pd.isna(p):
         return MISSING
     return f"< {LEAST_P}" if p < LEAST_P else f"{p:.3f}"
+
+
+def _verdict(one: Mapping[str, Any]) -> str:
+    if one["verdict"] == WITHHELD:
+        return f"withheld: {one['why']}"
+    return f"same within {one['margin']:g}" if one["verdict"] == "same" else one["verdict"]

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from tuneformer.evaluate import compare, gene_answer
+from tuneformer.evaluate import compare, gene_answer, telling
+from tuneformer.model import gene_baselines
 from tuneformer.model.gene_baselines import chance_aucs, pair_auc
 from tuneformer.study import Contrast, load_study
 
@@ -88,5 +89,25 @@ def test_declared_contrasts_are_corrected_resampled_t_tests_over_folds(found, an
 def test_the_answer_has_the_form_of_all_answers(answer):
     assert (answer["kind"], answer["score"], answer["n_contrasts"]) == ("genes", "auc", 5)
     assert answer["tasks"][0]["test_cells"] == {"common": 140, "rare": 60}
+    said = answer["tasks"][0]["recommendation"]
+    assert "Better than chance: full, frozen_embedding." in said
+    assert any(line.startswith("Pre-training pays: random_init scored lower than full") for line in said)
     for one in answer["tasks"][0]["contrasts"]:
-        assert compare.sentence(one)
+        assert telling.sentence(one)
+
+
+def test_the_interval_of_an_arm_comes_from_permutations_and_covers_its_auc(monkeypatch):
+    """Scores of fixed skill, whose AUC is Phi(1.2 / sqrt 2) = 0.802: of 60 sets of 200 genes at least 92 % cover it."""
+    monkeypatch.setattr(gene_baselines, "DRAWS", 999)
+    settings, hits, rng = load_study("tiny"), 0, np.random.default_rng(3)
+    row = {"task": "drug_5class", "arm": "full", "strategy": "full", "seed": 0, "status": "ok", "fold": 0}
+    for _ in range(60):
+        label = np.repeat(["rare", "common"], [60, N - 60])
+        table = pd.DataFrame({"cell": range(N), "label": label, "fold": np.arange(N) % FOLDS, "seed": 0})
+        table["score"] = rng.normal(size=N) + 1.2 * (label == "rare")
+        found = gene_answer.answer(settings, pd.DataFrame([row]), table.assign(task="drug_5class", arm="full"), [])
+        (arm,), (against,) = found["tasks"][0]["arms"], found["tasks"][0]["contrasts"]
+        hits += arm["low"] <= stats.norm.cdf(1.2 / np.sqrt(2)) <= arm["high"]
+        assert (arm["low"] - 0.5, arm["high"] - 0.5) == pytest.approx((against["low"], against["high"]), abs=1e-5)
+        assert (arm["low"] > 0.5) == (against["p"] < 0.025)
+    assert hits / 60 >= 0.92

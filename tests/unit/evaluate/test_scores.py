@@ -9,6 +9,7 @@ import pytest
 from tuneformer.artifacts import UserError
 from tuneformer.data.simulate import simulate_sciplex2
 from tuneformer.evaluate.scores import (
+    CALIBRATED_DRAWS,
     confusion,
     coverage_curve,
     dose_values,
@@ -21,7 +22,8 @@ CLASSES = ["b", "a"]
 # true b: 3 cells, predicted b, b, a; true a: 1 cell, predicted a
 LABELS = ["b", "b", "b", "a"]
 PROBABILITIES = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
-OF_DOSES = ["quadratic_weighted_kappa", "mean_absolute_error_log10_dose"]
+OF_ORDER = ["quadratic_weighted_kappa", "mean_absolute_error_classes"]
+OF_DOSES = [*OF_ORDER, "mean_absolute_error_log10_dose"]
 
 
 def scored(labels=LABELS, probabilities=PROBABILITIES, classes=CLASSES):
@@ -71,11 +73,12 @@ def test_the_scores_keep_their_order():
         "macro_average_precision",
         "log_loss",
         "expected_calibration_error",
+        "calibrated_error",
         "area_under_risk_coverage",
     ]
     by_class = ["precision:1 uM", "precision:2 uM", "recall:1 uM", "recall:2 uM"]
     assert names == [*general, *OF_DOSES, *by_class]
-    assert list(score(LABELS, PROBABILITIES, CLASSES))[:9] == general
+    assert list(score(LABELS, PROBABILITIES, CLASSES))[:10] == general
     assert not set(OF_DOSES) & set(score(LABELS, PROBABILITIES, CLASSES))
 
 
@@ -96,9 +99,9 @@ def test_scores_of_many_cells_by_their_definitions():
     assert found["macro_average_precision"] == pytest.approx(np.mean(precisions))
     risks = [1 - right[confidence >= threshold].mean() for threshold in confidence]
     assert found["area_under_risk_coverage"] == pytest.approx(np.mean(risks))
-    error = 0
-    for low in range(15):
-        taken = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+    error, edges = 0, [0, *np.unique(np.quantile(confidence, np.arange(1, 10) / 10)), 1]
+    for low, high in itertools.pairwise(edges):
+        taken = (confidence > low) & (confidence <= high)
         if taken.any():
             error += taken.mean() * abs(right[taken].mean() - confidence[taken].mean())
     assert found["expected_calibration_error"] == pytest.approx(error)
@@ -107,12 +110,14 @@ def test_scores_of_many_cells_by_their_definitions():
     by_chance = [(a - b) ** 2 for a, b in itertools.product(probabilities.argmax(axis=1), numbers)]
     assert found["quadratic_weighted_kappa"] == pytest.approx(1 - np.mean(off**2) / np.mean(by_chance))
     assert found["mean_absolute_error_log10_dose"] == pytest.approx(np.abs(off).mean())
+    assert found["mean_absolute_error_classes"] == pytest.approx(np.abs(off).mean())
 
 
 def test_perfect_predictions():
     classes = ["0.25 uM", "2.5 uM", "25 uM"]
     found = scored(classes * 5, np.tile(np.eye(3), (5, 1)), classes)
-    best = dict.fromkeys(["log_loss", "expected_calibration_error", "area_under_risk_coverage", OF_DOSES[1]], 0)
+    errors = ["log_loss", "expected_calibration_error", "calibrated_error", "area_under_risk_coverage", *OF_DOSES[1:]]
+    best = dict.fromkeys(errors, 0)
     assert found.to_dict() == pytest.approx({name: best.get(name, 1) for name in found.index}, abs=1e-12)
 
 
@@ -202,13 +207,52 @@ def test_a_vehicle_class_is_ordered_but_has_no_logarithm():
 
 
 def test_reliability_curve_by_hand():
-    probabilities = np.array([[0.5, 0.5], [0.6, 0.4], [0.75, 0.25], [0.1, 0.9], [1, 0]])
-    table = reliability_curve(["a", "b", "a", "b", "b"], probabilities, ["a", "b"], bins=4)
-    assert table["low"].tolist() == [0, 0.25, 0.5, 0.75]
-    assert table["high"].tolist() == [0.25, 0.5, 0.75, 1]
-    assert table["cells"].tolist() == [0, 1, 2, 2]  # an edge belongs to the bin below it
-    np.testing.assert_allclose(table["confidence"], [np.nan, 0.5, (0.6 + 0.75) / 2, (0.9 + 1) / 2])
-    np.testing.assert_allclose(table["accuracy"], [np.nan, 1, 1 / 2, 1 / 2])
+    probabilities = np.array([[0.5, 0.5], [0.6, 0.4], [0.6, 0.4], [0.75, 0.25], [0.1, 0.9], [1, 0]])
+    table = reliability_curve(["a", "b", "a", "a", "b", "b"], probabilities, ["a", "b"], bins=3)
+    assert table["cells"].tolist() == [3, 1, 2]  # two of a confidence of 0.6 stay together
+    np.testing.assert_allclose(table["confidence"], [1.7 / 3, 0.75, 0.95])
+    np.testing.assert_allclose(table["accuracy"], [2 / 3, 1, 1 / 2])
+    many = reliability_curve(*made_up(n=1000, digits=9))
+    assert many["cells"].tolist() == [100] * 10
+
+
+@pytest.mark.parametrize("n", [85, 1000])
+def test_the_error_of_a_calibrated_model_is_what_such_a_model_shows(n):
+    """Labels drawn from the probabilities themselves, 300 times: their mean error, within 4 of its standard errors."""
+    rng = np.random.default_rng(n)
+    probabilities = rng.dirichlet(np.ones(4), n)
+    names = np.array(list("abcd"))
+    drawn = [names[(probabilities.cumsum(axis=1) > rng.random((n, 1))).argmax(axis=1)] for _ in range(300)]
+    found = pd.DataFrame([score(labels, probabilities, [*names]) for labels in drawn])
+    errors = found["expected_calibration_error"]
+    assert found["calibrated_error"].nunique() == 1  # it does not look at the labels
+    both = errors.std() * np.sqrt(1 / 300 + 1 / CALIBRATED_DRAWS)
+    assert errors.mean() == pytest.approx(found["calibrated_error"][0], abs=4 * both)
+    assert found["calibrated_error"][0] > {85: 0.08, 1000: 0.02}[n]  # with few cells far from 0
+
+
+def test_classes_in_order_are_scored_by_how_far_off_they_are():
+    classes, labels = ["low", "middle", "high"], ["low", "low", "middle", "high"]
+    found = scored(labels, np.eye(3)[[0, 2, 1, 1]], classes)
+    assert not set(OF_ORDER) & set(found.index)
+    found = pd.Series(score(labels, np.eye(3)[[0, 2, 1, 1]], classes, ordered=True))
+    assert found["mean_absolute_error_classes"] == pytest.approx((0 + 2 + 0 + 1) / 4)
+    assert found["quadratic_weighted_kappa"] == pytest.approx(1 - (5 / 4) / ((6 + 6 + 2 + 6) / 16))
+    assert "mean_absolute_error_log10_dose" not in found
+
+
+def test_groups_of_classes_are_scored_by_the_sum_of_their_probabilities():
+    classes, groups = ["a", "b", "c", "d"], {"few": ["a", "b"], "many": ["c"]}
+    probabilities = np.array([[0.3, 0.3, 0.4, 0], [0.4, 0.1, 0.5, 0], [0.1, 0.2, 0.7, 0], [0, 0, 0.2, 0.8]])
+    found = score(["a", "b", "c", "d"], probabilities, classes, groups=groups)
+    # few .6 right, a tie goes to the first, many .7 right; d is in no group
+    assert found["group_macro_f1"] == 1
+    assert found["accuracy"] == 2 / 4
+    wrong = score(["c", "b", "c", "d"], probabilities, classes, groups=groups)
+    assert wrong["group_macro_f1"] == pytest.approx((2 * 1 * 0.5 / 1.5 + 2 * 1 * 0.5 / 1.5) / 2)
+    task = load_study("demo", task="nutlin_4class")
+    assert task.ordered
+    assert {name for names in task.groups.values() for name in names} == set(task.classes)
 
 
 def test_coverage_curve_by_hand():

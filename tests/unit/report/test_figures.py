@@ -13,7 +13,7 @@ import pytest
 
 from tuneformer import paths
 from tuneformer.evaluate.scores import confusion
-from tuneformer.report import figures, tables
+from tuneformer.report import figures, run_figures, tables
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ def test_cost_shows_each_run_that_has_a_score(results):
 
 def test_training_curves_have_a_line_per_run_and_mark_the_epochs_that_were_kept(results):
     history = results.history[(results.history["task"] == "drugs") & (results.history["arm"] == "full")]
-    figure = figures.training_curves(history.assign(best_epoch=2), title="full (simulated)")
+    figure = run_figures.training_curves(history.assign(best_epoch=2), title="full (simulated)")
     left, right = figure.axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["train loss", "validation loss"]
     assert sum(list(line.get_xdata()) == [1, 2, 3] for line in left.lines) == 2 * 3
@@ -191,16 +191,16 @@ def test_training_curves_have_a_line_per_run_and_mark_the_epochs_that_were_kept(
 
 
 def test_what_a_failed_job_left_is_drawn_without_numbers():
-    figures.training_curves(pd.DataFrame(), title="t")
-    figures.confidence_curves(pd.DataFrame(), title="t")
-    figures.roc_curves(pd.DataFrame(columns=["label"]), title="t")
+    run_figures.training_curves(pd.DataFrame(), title="t")
+    run_figures.confidence_curves(pd.DataFrame(), title="t")
+    run_figures.roc_curves(pd.DataFrame(columns=["label"]), title="t")
     none = pd.DataFrame(columns=["label", "predicted"])  # as `runs.read_predictions` reads it
-    assert "no predictions" in texts(figures.confusion(confusion(none, ["a", "b"]), "t"))
+    assert "no predictions" in texts(run_figures.confusion(confusion(none, ["a", "b"]), "t"))
 
 
 def test_a_row_of_a_confusion_matrix_sums_to_one():
     table = confusion(pd.DataFrame({"label": list("aaaab"), "predicted": list("aaabb")}), ["a", "b", "c"])
-    written = texts(figures.confusion(table, "t"))
+    written = texts(run_figures.confusion(table, "t"))
     assert {"0.75", "0.25", "1.00"} < set(written)
     assert not any("nan" in word for word in written)
 
@@ -214,7 +214,7 @@ def probabilities():
 
 
 def test_confidence_curves_show_bins_and_coverage(probabilities):
-    left, right = figures.confidence_curves(probabilities, title="t").axes
+    left, right = run_figures.confidence_curves(probabilities, title="t").axes
     shown = next(line for line in left.lines if line.get_marker() == "o")
     assert shown.get_xdata() == pytest.approx([0.8, 0.9])
     assert shown.get_ydata() == pytest.approx([0.0, 1.0])
@@ -222,7 +222,7 @@ def test_confidence_curves_show_bins_and_coverage(probabilities):
 
 
 def test_roc_curves_leave_out_classes_without_test_cells(probabilities):
-    words = texts(figures.roc_curves(probabilities.assign(**{"probability:c": 0.0}), title="t"))
+    words = texts(run_figures.roc_curves(probabilities.assign(**{"probability:c": 0.0}), title="t"))
     assert any(word.startswith("a (AUC") for word in words)
     assert not any(word.startswith("c (AUC") for word in words)
 
@@ -237,7 +237,7 @@ DRAW = """
 import sys, pickle
 from pathlib import Path
 from tuneformer import paths
-from tuneformer.report import figures, tables
+from tuneformer.report import figures, run_figures, tables
 paths.RUNS = Path(sys.argv[1])
 figures.set_style()
 results = pickle.loads(Path(sys.argv[2]).read_bytes())
