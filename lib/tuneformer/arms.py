@@ -37,6 +37,7 @@ READ_BY: dict[str, tuple[str, Set[str]]] = {
     "k": ("train_set", {"pseudobulk", "single_cell"}),
     "aggregation": ("train_set", {"pseudobulk"}),
     "depth": ("train_set", {"pseudobulk"}),
+    "points": ("train_set", {"pseudobulk"}),
     "token_length": ("train_set", {"pseudobulk"}),
     "validation_cells": ("train_set", {"pseudobulk"}),
     "steps_of": ("train_set", {"pseudobulk", "single_cell"}),
@@ -223,8 +224,16 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
             "single cells are in no groups; set steps_of: pseudobulk, or train_set: pseudobulk",
         ),
         "steps_of": (
-            settings.steps_of == settings.train_set or (is_made and settings.steps_of == "pseudobulk"),
-            "these are its own steps; pseudobulk takes single_cell here, and single_cell takes pseudobulk",
+            settings.steps_of == settings.train_set
+            and settings.points == "own"
+            or settings.steps_of == settings.points == "single_cell"
+            or settings.steps_of == "upsampled"
+            and (is_made or settings.sampling == "upsampled"),
+            "these are its own steps; single_cell takes pseudobulk or upsampled, pseudobulk takes single_cell here",
+        ),
+        "points": (
+            settings.points == "single_cell" and settings.aggregation == "one_cell",
+            "one cell of each of as many groups are the single cells; set train_set: single_cell",
         ),
         "depth": (
             settings.depth == "single_cell" and settings.aggregation != "sum",

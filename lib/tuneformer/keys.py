@@ -100,8 +100,11 @@ class TrainSetKeys(CellsKeys):
     token_length: Literal["own", "single_cell"] = _key(
         "own", "pseudobulk: own | single_cell (cut at their median length)"
     )
-    steps_of: Literal["own", "single_cell", "pseudobulk"] = _key(
-        "own", "whose number of cells sets the optimizer steps"
+    points: Literal["own", "single_cell"] = _key(
+        "own", "pseudobulk: own (each cell in one group) | single_cell (as many as single cells; groups share cells)"
+    )
+    steps_of: Literal["own", "single_cell", "pseudobulk", "upsampled"] = _key(
+        "own", "whose number of cells sets the optimizer steps: own | single_cell | pseudobulk | upsampled"
     )
     validation_cells: Literal["made", "real"] = _key(
         "made", "pseudobulk: validate on points | on points and single cells"

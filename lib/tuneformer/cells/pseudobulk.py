@@ -79,7 +79,41 @@ def group_cells(strata: pd.Series, *, k: int, spread: float, rng: np.random.Gene
     return groups
 
 
-def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata: pd.Series, name: str) -> ad.AnnData:
+def sharing_groups(
+    strata: pd.Series, *, k: int, spread: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one group for each cell: the cell and others of its stratum, so that a cell is in about `k` groups.
+
+    Sizes as in `group_cells`, but at most the size of the stratum, of which no cell is twice in a group. Points and
+    their number are then told apart: the points are pseudo-bulk, and there are as many as single cells.
+
+    Returns
+    -------
+    Number of the group, and the cell, of each membership: `groups` and `members` of `aggregate`.
+    """
+    codes = strata.cat.codes.to_numpy()
+    members = []
+    for code in np.unique(codes):
+        cells = np.flatnonzero(codes == code)
+        sizes = np.clip(np.rint(k * (1 + rng.normal(0, spread, len(cells)))), 1, min(2 * k - 1, len(cells)))
+        for place, size in enumerate(sizes.astype(int)):
+            others = (
+                rng.choice(len(cells) - 1, size - 1, replace=False, shuffle=False) if size > 1 else np.empty(0, int)
+            )
+            members.append(cells[[place, *(others + (others >= place))]])
+    return np.repeat(np.arange(len(members)), list(map(len, members))), np.concatenate(members)
+
+
+def aggregate(
+    cells: ad.AnnData,
+    groups: np.ndarray,
+    *,
+    how: str,
+    k: int,
+    strata: pd.Series,
+    name: str,
+    members: np.ndarray | None = None,
+) -> ad.AnnData:
     """Make one point of each group of cells.
 
     Sums are stored as float32, which holds them exactly up to 2^24. Means stay float64: float32 would round them by up
@@ -93,6 +127,8 @@ def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata
     ----------
     groups, k, strata
         From `group_cells`, and what it was given; (cells,).
+    members
+        With groups of `sharing_groups`: the cell of each of `groups`; None: every cell is in one group.
     how
         ``sum``; ``mean``, the sum divided by the number of cells in the group; ``approx_mean``, the sum divided by `k`,
         as if that number were not known.
@@ -109,31 +145,38 @@ def aggregate(cells: ad.AnnData, groups: np.ndarray, *, how: str, k: int, strata
     UserError
         A sum exceeds 2^24.
     """
-    members = np.bincount(groups)
-    pairs = (groups, np.arange(cells.n_obs))
-    indicator = sparse.csr_matrix((np.ones(cells.n_obs), pairs), shape=(len(members), cells.n_obs))
+    members = np.arange(cells.n_obs) if members is None else members
+    sizes = np.bincount(groups)
+    indicator = sparse.csr_matrix((np.ones(len(members)), (groups, members)), shape=(len(sizes), cells.n_obs))
     counts = indicator @ sparse.csr_matrix(cells.X, dtype=np.float64)
     counts.sort_indices()  # thinning draws in this order
     if counts.nnz and counts.data.max() > EXACT:
         msg = f"A gene has {counts.data.max():,.0f} counts in one point; sums are exact up to {EXACT:,}: lower k."
         raise UserError(msg)
-    divisor = {"sum": np.ones(len(members)), "mean": members, "approx_mean": np.full(len(members), k)}[how]
+    divisor = {"sum": np.ones(len(sizes)), "mean": sizes, "approx_mean": np.full(len(sizes), k)}[how]
     counts.data /= np.repeat(divisor, np.diff(counts.indptr))
-    order = np.argsort(groups, kind="stable")
-    first = np.cumsum(members) - members  # place in `order` where each group begins
-    names = np.split(cells.obs_names.to_numpy(object)[order], first[1:])
-    obs = _obs(cells, order[first], strata, name).assign(
-        n_counts=np.asarray(counts.sum(axis=1)).ravel(), members=members, member_names=list(map(SEPARATOR.join, names))
+    members = members[np.argsort(groups, kind="stable")]
+    first = np.cumsum(sizes) - sizes  # place in `members` where each group begins
+    names = np.split(cells.obs_names.to_numpy(object)[members], first[1:])
+    obs = _obs(cells, members[first], strata, name).assign(
+        n_counts=np.asarray(counts.sum(axis=1)).ravel(), members=sizes, member_names=list(map(SEPARATOR.join, names))
     )
     return ad.AnnData(counts.astype(np.float32) if how == "sum" else counts, obs=obs, var=cells.var.copy())
 
 
 def one_per_group(
-    cells: ad.AnnData, groups: np.ndarray, *, rng: np.random.Generator, strata: pd.Series, name: str
+    cells: ad.AnnData,
+    groups: np.ndarray,
+    *,
+    rng: np.random.Generator,
+    strata: pd.Series,
+    name: str,
+    members: np.ndarray | None = None,
 ) -> ad.AnnData:
     """Draw one cell of each group: as many points as `aggregate` makes, in the same order, but with one member each."""
-    order = rng.permutation(cells.n_obs)
+    order = rng.permutation(len(groups))
     rows = order[np.unique(groups[order], return_index=True)[1]]
+    rows = rows if members is None else members[rows]
     counts = sparse.csr_matrix(cells.X[rows], dtype=np.float32)
     obs = _obs(cells, rows, strata, name).assign(
         n_counts=np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel(),

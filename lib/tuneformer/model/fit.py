@@ -76,13 +76,16 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
     cells = {split: Cells(tokens.dataset, pad, rows=at, labels=labels[at]) for split, at in rows.items()}
     counts = np.bincount(cells["train"].labels, minlength=len(classes))
     is_balanced = settings.sampling == "balanced"  # then every class is seen equally often
-    criterion = losses.make_loss(settings, np.ones_like(counts) if is_balanced else counts)
+    n_cells = counts.max() * len(classes) if settings.steps_of == "upsampled" else tokens.step_cells or counts.sum()
+    counts = np.ones_like(counts) if is_balanced else counts
+    criterion = losses.make_loss(settings, counts)
     bf16 = hardware.uses_bf16(hardware.prepare(settings), settings.precision)
     transformers.set_seed(settings.seed)
     model = classifier.build(settings, tokens.vocabulary, classes)
     model.config.trained_in_bf16 = bf16
+    losses.start_at_base_rate(model.classifier.bias, settings, counts)
     plan = strategies.prepare(settings, model)
-    steps = optimizer_steps(settings, tokens.step_cells or len(rows["train"]))
+    steps = optimizer_steps(settings, int(n_cells))
     every = steps // settings.epochs
 
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
