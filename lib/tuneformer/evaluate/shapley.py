@@ -1,7 +1,7 @@
 """Why pseudo-bulk scores lower: the fall divided over what differs from single cells, whatever is changed first.
 
-In: predictions of arms in which some of the factors are changed. Out: one row per factor: its Shapley share of the fall,
-and its effect as the first and as the last change, with intervals for other seeds and test cells.
+In: predictions of arms in which some of the factors are changed. Out: one row per factor: its Shapley share of the
+fall, and its effect as the first and as the last change, with intervals for other seeds and test cells.
 """
 
 from collections.abc import Mapping, Sequence
