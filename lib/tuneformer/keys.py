@@ -43,7 +43,9 @@ class TaskKeys(Section):
     select_column: str | None = _key(None, "obs column by which cells are selected first; null = all cells")
     select_values: list[str] = _key([], "values of select_column kept")
     test_share: Share = _key(0.1, "share of cells in the fixed test set")
-    validation_share: Share = _key(1 / 9, "share of the rest used for validation; 1/9 = train : validation 8 : 1")
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = _key(
+        1 / 9, "share of the rest used for validation; 1/9 = train : validation 8 : 1; 0 = all of it is trained on"
+    )
     dose_column: str | None = _key(None, "obs column with the dose; made cells stay within class and dose")
     group_by: str | None = _key(None, "obs column whose groups (wells, donors) the split never divides; null = by cell")
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 PROBABILITY = "probability:"
+NO_SCORES = dict.fromkeys(["validation_loss", "validation_accuracy", "validation_macro_f1"], np.nan)
 FEWEST_CHOOSING = 200  # validation cells; with five, most epochs tie, and what is chosen is chance
 
 
@@ -98,6 +99,10 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
             raise TrainingFailed(msg)
         return losses.probabilities(logits, settings.loss).numpy()
 
+    def validate() -> dict[str, float]:
+        labels = cells["validation"].labels
+        return validation_scores(labels, predicted("validation")) if len(labels) else NO_SCORES
+
     with outcome.keeping_failures(settings.describe()):
         train(
             settings,
@@ -106,7 +111,7 @@ def fit_cells(settings: "Study", tokens: "Tokens") -> Outcome:
             outcome,
             plan=plan,
             loss=loss,
-            validate=lambda: validation_scores(cells["validation"].labels, predicted("validation")),
+            validate=validate,
             steps=steps,
             validate_at=range(every, steps + 1, every),
             lowest="validation_loss" if chosen_by_validation(settings, outcome.n_validation) else None,
@@ -130,6 +135,8 @@ def rows_of_splits(settings: "Study", tokens: "Tokens") -> dict[str, np.ndarray]
     counts = cells_table(tokens)
     if settings.fold is not None and settings.group_by is not None:  # a test group need not have every class
         counts = counts.drop(columns="test")
+    if settings.validation_share == 0:
+        counts = counts.drop(columns="validation")
     empty = counts.stack()[lambda n: n == 0]
     if len(empty):
         label, split = empty.index[0]

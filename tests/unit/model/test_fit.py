@@ -452,3 +452,15 @@ def test_steps_can_be_those_of_upsampled_cells(run_settings, checkpoint, epochs)
     ]
     assert [cost["optimizer_steps"] for cost in more] == 3 * [6 * 96 // 12 * epochs]
     assert [cost["training_cells"] for cost in more] == [6 * 96, 144, 144]
+
+
+def test_without_validation_cells_the_last_epoch_is_kept_and_its_scores_are_missing(run_settings, tokens):
+    kept = [place for place, split in enumerate(tokens.dataset["split"]) if split != "validation"]
+    without = replace(tokens, dataset=tokens.dataset.select(kept))
+    outcome = fit.fit_cells(run_settings(epochs=3, validation_share=0.0), without)
+    assert (outcome.status, outcome.n_validation, outcome.best_epoch) == ("ok", 0, 3)
+    assert outcome.history.filter(like="validation").isna().all(axis=None)
+    same = fit.fit_cells(run_settings(epochs=3), tokens)
+    pd.testing.assert_frame_equal(outcome.predictions, same.predictions, check_exact=True)
+    with pytest.raises(UserError, match="Class 'a' has no validation cells"):
+        fit.fit_cells(run_settings(), without)
