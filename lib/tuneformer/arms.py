@@ -37,6 +37,7 @@ READ_BY: dict[str, tuple[str, Set[str]]] = {
     "k": ("train_set", {"pseudobulk", "single_cell"}),
     "aggregation": ("train_set", {"pseudobulk"}),
     "depth": ("train_set", {"pseudobulk"}),
+    "points": ("train_set", {"pseudobulk"}),
     "token_length": ("train_set", {"pseudobulk"}),
     "validation_cells": ("train_set", {"pseudobulk"}),
     "steps_of": ("train_set", {"pseudobulk", "single_cell"}),
@@ -223,8 +224,14 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
             "single cells are in no groups; set steps_of: pseudobulk, or train_set: pseudobulk",
         ),
         "steps_of": (
-            settings.steps_of == settings.train_set or (is_made and settings.steps_of == "pseudobulk"),
-            "these are its own steps; pseudobulk takes single_cell here, and single_cell takes pseudobulk",
+            (settings.steps_of == settings.train_set and settings.points == "own")
+            or settings.steps_of == settings.points == "single_cell"
+            or (settings.steps_of == "upsampled" and (is_made or settings.sampling == "upsampled")),
+            "these are its own steps; single_cell takes pseudobulk or upsampled, pseudobulk takes single_cell here",
+        ),
+        "points": (
+            settings.points == "single_cell" and settings.aggregation == "one_cell",
+            "one cell of each of as many groups are the single cells; set train_set: single_cell",
         ),
         "depth": (
             settings.depth == "single_cell" and settings.aggregation != "sum",
@@ -239,6 +246,11 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
             "a mixture needs either pad (cells added to each padded class) or share (of cells replaced)",
         ),
         "padded_classes": (settings.pad is not None and not settings.padded_classes, "pad needs the classes to pad"),
+        "validation_share": (
+            (settings.validation_share == 0 and (is_made or settings.is_baseline or settings.epoch_rule != "last"))
+            or (settings.validation_share == 0 and bool(settings.folds or settings.group_by)),
+            "0 is for strategies on single cells that are split by cell, once, and keep the last epoch; set it above 0",
+        ),
         "early_stop": (
             settings.early_stop is not None and settings.epoch_rule == "last",
             "the last epoch is kept, so none may be left out; set epoch_rule: validation_loss",

@@ -44,7 +44,9 @@ class TaskKeys(Section):
     select_column: str | None = _key(None, "obs column by which cells are selected first; null = all cells")
     select_values: list[str] = _key([], "values of select_column kept")
     test_share: Share = _key(0.1, "share of cells in the fixed test set")
-    validation_share: Share = _key(1 / 9, "share of the rest used for validation; 1/9 = train : validation 8 : 1")
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = _key(
+        1 / 9, "share of the rest used for validation; 1/9 = train : validation 8 : 1; 0 = all of it is trained on"
+    )
     dose_column: str | None = _key(None, "obs column with the dose; made cells stay within class and dose")
     ordered: bool = _key(False, "true: the classes are in order, as doses are; how far off a cell is called is scored")
     groups: dict[str, list[str]] = _key({}, "name: classes; groups of classes that get a score of their own")
@@ -106,8 +108,11 @@ class TrainSetKeys(CellsKeys):
     token_length: Literal["own", "single_cell"] = _key(
         "own", "pseudobulk: own | single_cell (cut at their median length)"
     )
-    steps_of: Literal["own", "single_cell", "pseudobulk"] = _key(
-        "own", "whose number of cells sets the optimizer steps"
+    points: Literal["own", "single_cell"] = _key(
+        "own", "pseudobulk: own (each cell in one group) | single_cell (as many as single cells; groups share cells)"
+    )
+    steps_of: Literal["own", "single_cell", "pseudobulk", "upsampled"] = _key(
+        "own", "whose number of cells sets the optimizer steps: own | single_cell | pseudobulk | upsampled"
     )
     validation_cells: Literal["made", "real"] = _key(
         "made", "pseudobulk: validate on points | on points and single cells"

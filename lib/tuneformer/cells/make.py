@@ -81,8 +81,9 @@ def make_cells(settings: Study, cells: ad.AnnData, folder: Path) -> tuple[ad.Ann
     Everything is made of the single cells that a run on single cells with this seed is trained on (`draw`). Pseudo-bulk
     and synthetic cells are made of training and validation cells together, and one point of nine (``validation_share``)
     goes to validation, as in the bulk thesis. Mixtures, and pseudo-bulk with ``validation_cells: real``, are made of
-    the training cells only and have the real validation cells, pseudo-bulk beside its validation points. ``bulk`` is
-    samples of another experiment, so that nothing of the cells is trained on.
+    the training cells only and have the real validation cells, pseudo-bulk beside its validation points. Points that
+    share cells (``points: single_cell``) are made of the training and of the validation cells, each by themselves.
+    ``bulk`` is samples of another experiment, so that nothing of the cells is trained on.
 
     Returns
     -------
@@ -98,12 +99,15 @@ def make_cells(settings: Study, cells: ad.AnnData, folder: Path) -> tuple[ad.Ann
     part = draw(settings, cells.obs)
     real = {name: cells[rows] for name, rows in part.items()}
     with_real = settings.train_set == "mixture" or settings.validation_cells == "real"
-    source = real["train"] if with_real else cells[np.sort(np.concatenate([part["train"], part["validation"]]))]
+    source = real["train"] if with_real else _learnable(cells, part)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         if settings.train_set == "mixture":
             stratum, used, rng = pseudobulk.strata(source, settings.dose_column), source, [settings.seed, 3]
             made = mixture.make(source, stratum, settings, rng=np.random.default_rng(rng), folder=Path(scratch))
             parts = [(one, "train") for one in made]
+        elif settings.points == "single_cell":
+            names, used = ("train", "validation"), _learnable(cells, part)
+            parts = [(_pseudobulk(settings, real[name], Path(scratch), name)[0], name) for name in names]
         else:
             points, used = POINTS[settings.train_set](settings, source, Path(scratch))
             split = split_points(points.obs["label"], settings)
@@ -112,6 +116,8 @@ def make_cells(settings: Study, cells: ad.AnnData, folder: Path) -> tuple[ad.Ann
             parts.append((real["validation"], "validation"))
         _write_joined([*parts, (real["test"], "test")], cells, folder / FILE)
     step_cells = len(part["train"]) if settings.steps_of == "single_cell" else None
+    if settings.steps_of == "pseudobulk":
+        step_cells = n_points(settings, _learnable(cells, part))
     return counts.read_cells(folder / FILE), step_cells, list(used.obs_names)
 
 
@@ -132,18 +138,24 @@ def split_points(labels: pd.Series, settings: Study) -> pd.Series:
     return split
 
 
+def n_points(settings: Study, source: ad.AnnData) -> int:
+    """Return how many pseudo-bulk points of so many cells are trained on, where each cell is in one group."""
+    _, groups, _ = _groups(settings, source)
+    return int((split_points(source.obs["label"].groupby(groups).first(), settings) == "train").sum())
+
+
+def _learnable(cells: ad.AnnData, part: dict[str, np.ndarray]) -> ad.AnnData:
+    """Return the cells for training and validation."""
+    return cells[np.sort(np.concatenate([part["train"], part["validation"]]))]
+
+
 def _single_cells(settings: Study) -> Prepared:
     """Take rows of the single cells of the task."""
     cells = qc.prepare_cells(settings)
     tokens = encode.single_cell_tokens(settings, cells)
     part = draw(settings, cells.obs)
     rows = np.sort(np.concatenate(list(part.values())))
-    step_cells = None
-    if settings.steps_of == "pseudobulk":
-        source = cells[np.sort(np.concatenate([part["train"], part["validation"]]))]
-        _, groups, _ = _groups(settings, source)
-        labels = source.obs["label"].groupby(groups).first()
-        step_cells = int((split_points(labels, settings) == "train").sum())
+    step_cells = n_points(settings, _learnable(cells, part)) if settings.steps_of == "pseudobulk" else None
     tokens = dataclasses.replace(tokens, dataset=tokens.dataset.select(rows), step_cells=step_cells)
     return Prepared(None if qc.has_no_counts(cells) else cells[rows], tokens)
 
@@ -174,10 +186,13 @@ def _groups(settings: Study, source: ad.AnnData) -> tuple[pd.Series, np.ndarray,
     return stratum, pseudobulk.group_cells(stratum, k=settings.k, spread=settings.group_spread, rng=rng), rng
 
 
-def _pseudobulk(settings: Study, source: ad.AnnData, folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
+def _pseudobulk(settings: Study, source: ad.AnnData, folder: Path, part: str = "") -> tuple[ad.AnnData, ad.AnnData]:
     """Make pseudo-bulk points, or draw one single cell of each group; return also the cells that they are made of."""
     stratum, groups, rng = _groups(settings, source)
-    options = {"strata": stratum, "name": settings.train_set, "folder": folder}
+    options = {"strata": stratum, "name": f"{settings.train_set}{part}", "folder": folder}
+    if settings.points == "single_cell":
+        sizes = {"k": settings.k, "spread": settings.group_spread}
+        groups, options["members"] = pseudobulk.sharing_groups(stratum, **sizes, rng=rng)
     if settings.aggregation == "one_cell":
         return pseudobulk.one_per_group(source, groups, rng=rng, **options), source
     points = pseudobulk.aggregate(source, groups, how=settings.aggregation, k=settings.k, **options)

@@ -83,6 +83,31 @@ def group_cells(strata: pd.Series, *, k: int, spread: float, rng: np.random.Gene
     return groups
 
 
+def sharing_groups(
+    strata: pd.Series, *, k: int, spread: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one group for each cell: the cell and others of its stratum, so that a cell is in about `k` groups.
+
+    Sizes as in `group_cells`, but at most the size of the stratum, of which no cell is twice in a group. Points and
+    their number are then told apart: the points are pseudo-bulk, and there are as many as single cells.
+
+    Returns
+    -------
+    Number of the group, and the cell, of each membership: `groups` and `members` of `aggregate`.
+    """
+    codes = strata.cat.codes.to_numpy()
+    members = []
+    for code in np.unique(codes):
+        cells = np.flatnonzero(codes == code)
+        sizes = np.clip(np.rint(k * (1 + rng.normal(0, spread, len(cells)))), 1, min(2 * k - 1, len(cells)))
+        for place, size in enumerate(sizes.astype(int)):
+            others = (
+                rng.choice(len(cells) - 1, size - 1, replace=False, shuffle=False) if size > 1 else np.empty(0, int)
+            )
+            members.append(cells[[place, *(others + (others >= place))]])
+    return np.repeat(np.arange(len(members)), list(map(len, members))), np.concatenate(members)
+
+
 def aggregate(
     cells: ad.AnnData,
     groups: np.ndarray,
@@ -91,6 +116,7 @@ def aggregate(
     k: int,
     strata: pd.Series,
     name: str,
+    members: np.ndarray | None = None,
     folder: Path | None = None,
 ) -> ad.AnnData:
     """Make one point of each group of cells.
@@ -106,6 +132,8 @@ def aggregate(
     ----------
     groups, k, strata
         From `group_cells`, and what it was given; (cells,).
+    members
+        With groups of `sharing_groups`: the cell of each of `groups`; None: every cell is in one group.
     how
         ``sum``; ``mean``, the sum divided by the number of cells in the group; ``approx_mean``, the sum divided by `k`,
         as if that number were not known.
@@ -124,17 +152,21 @@ def aggregate(
     UserError
         A sum exceeds 2^24.
     """
-    members = np.bincount(groups)
-    divisor = {"sum": np.ones(len(members)), "mean": members, "approx_mean": np.full(len(members), k)}[how]
-    totals = []
+    members = np.arange(cells.n_obs) if members is None else members
+    sizes = np.bincount(groups)
+    divisor = {"sum": np.ones(len(sizes)), "mean": sizes, "approx_mean": np.full(len(sizes), k)}[how]
+    by_cell, totals = np.argsort(members, kind="stable"), []
+    begins = np.searchsorted(members[by_cell], np.arange(cells.n_obs + 1))  # of the groups of each cell
 
     def entries() -> Iterator[counts.Entries]:
         for part, values in counts.chunks(cells):
-            yield np.repeat(groups[part], np.diff(values.indptr)), values.indices, values.data
+            chosen = by_cell[begins[part.start] : begins[part.stop]]
+            taken = values[members[chosen] - part.start]
+            yield np.repeat(groups[chosen], np.diff(taken.indptr)), taken.indices, taken.data
 
     def points() -> Iterator[sparse.csr_matrix]:
-        shape = len(members), cells.n_vars
-        for first, sums in counts.by_row(entries(), shape, n_cells=cells.n_obs, dtype=np.float64):
+        shape = len(sizes), cells.n_vars
+        for first, sums in counts.by_row(entries(), shape, n_cells=len(members), dtype=np.float64):
             sums.sort_indices()  # thinning draws in this order
             if sums.nnz and sums.data.max() > EXACT:
                 msg = f"A gene has {sums.data.max():,.0f} counts in one point; sums are exact up to {EXACT:,}: lower k."
@@ -144,11 +176,11 @@ def aggregate(
             yield sums.astype(np.float32) if how == "sum" else sums
 
     made = counts.collected(points(), folder)
-    order = np.argsort(groups, kind="stable")
-    first = np.cumsum(members) - members  # place in `order` where each group begins
-    names = np.split(cells.obs_names.to_numpy(object)[order], first[1:])
-    obs = _obs(cells, order[first], strata, name).assign(
-        n_counts=np.concatenate(totals), members=members, member_names=list(map(SEPARATOR.join, names))
+    members = members[np.argsort(groups, kind="stable")]
+    first = np.cumsum(sizes) - sizes  # place in `members` where each group begins
+    names = np.split(cells.obs_names.to_numpy(object)[members], first[1:])
+    obs = _obs(cells, members[first], strata, name).assign(
+        n_counts=np.concatenate(totals), members=sizes, member_names=list(map(SEPARATOR.join, names))
     )
     return ad.AnnData(made, obs=obs, var=cells.var.copy())
 
@@ -160,11 +192,13 @@ def one_per_group(
     rng: np.random.Generator,
     strata: pd.Series,
     name: str,
+    members: np.ndarray | None = None,
     folder: Path | None = None,
 ) -> ad.AnnData:
     """Draw one cell of each group: as many points as `aggregate` makes, in the same order, but with one member each."""
-    order = rng.permutation(cells.n_obs)
+    order = rng.permutation(len(groups))
     rows = order[np.unique(groups[order], return_index=True)[1]]
+    rows = rows if members is None else members[rows]
     totals = []
 
     def drawn() -> Iterator[sparse.csr_matrix]:

@@ -21,7 +21,7 @@ def assign_split(
     """Split cells into train, validation and test, stratified by class.
 
     Without groups, each class gives ``round(test_share n)`` of its n cells to the test set and
-    ``round(validation_share m)`` of its remaining m to validation, but one at least. With groups, groups are set aside
+    ``round(validation_share m)`` of its remaining m to validation, but one at least (none if the share is 0). With groups, groups are set aside
     whole, in random order, as long as each one brings the classes nearer to their shares; every class is in each part,
     but the shares are only as close as the groups allow.
 
@@ -48,7 +48,7 @@ def assign_split(
     tested, validated = [], []
     for name, cells in labels.groupby(labels, sort=False):
         n_test = max(1, round(test_share * len(cells)))
-        n_validation = max(1, round(validation_share * (len(cells) - n_test)))
+        n_validation = max(validation_share > 0, round(validation_share * (len(cells) - n_test)))
         if n_test + n_validation >= len(cells):
             msg = (
                 f"Class {name!r} has {len(cells)} cells after quality control, too few for a test share of "

@@ -69,14 +69,18 @@ class Scored:
 
         ``n_train`` is read with folds, None takes the cells of the other folds; for the others see `crossed`.
         """
-        seeds = self.seeds(arm, reference or arm)
+        weights = {arm: 1.0} if reference is None else {arm: 1.0, reference: -1.0}
+        return self.combination(weights, n_train=n_train, fixed_model=fixed_model)
+
+    def combination(
+        self, weights: Mapping[str, float], *, n_train: float | None = None, fixed_model: bool = False
+    ) -> Estimate:
+        """Return the sum of some arms, each times its weight, over the seeds that all of them have."""
+        seeds = self.seeds(*weights)
         if not seeds:
             return Estimate()
-        columns = [self.place[arm, seed] for seed in seeds]
-        values, drawn = self.values[:, columns], self.drawn[:, columns]
-        if reference is not None:
-            columns = [self.place[reference, seed] for seed in seeds]
-            values, drawn = values - self.values[:, columns], drawn - self.drawn[:, columns]
+        columns = np.array([[self.place[arm, seed] for arm in weights] for seed in seeds])  # (seeds, arms)
+        values, drawn = (scores[:, columns] @ np.array(list(weights.values())) for scores in (self.values, self.drawn))
         if self.folds:
             n_test = self.n_cells / self.folds
             return resampled_t(values.mean(axis=1), n_train or n_test * (self.folds - 1), n_test, floor=self.floor)

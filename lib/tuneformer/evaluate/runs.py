@@ -195,7 +195,8 @@ def _keep_best_model(settings: Study, folder: Path) -> None:
         new = read_json(folder / "model" / "model.json")
         old = read_json(kept / "model.json") if (kept / "model.json").is_file() else {}
         is_same_job = old.get("job") == new["job"]
-        if not is_same_job or new["validation_loss"] < old["validation_loss"]:
+        losses = [card.get("validation_loss") for card in (new, old)]  # None without validation: the first stays
+        if not is_same_job or (None not in losses and losses[0] < losses[1]):
             with atomic_path(kept) as partial:
                 shutil.copytree(folder / "model", partial)
         shutil.rmtree(folder / "model")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 PROBABILITY = "probability:"
 SORTED = 50  # batches whose cells are sorted by length at a time
+NO_SCORES = dict.fromkeys(["validation_loss", "validation_accuracy", "validation_macro_f1"], np.nan)
 FEWEST_CHOOSING = 200  # validation cells; with five, most epochs tie, and what is chosen is chance
 
 
@@ -85,13 +86,16 @@ def fit_cells(settings: "Study", tokens: "Tokens", frozen: Path | None = None) -
     cells = {name: Cells(tokens.dataset, pad, rows=at, labels=labels[at], packed=packed) for name, at in rows.items()}
     counts = np.bincount(cells["train"].labels, minlength=len(classes))
     is_balanced = settings.sampling == "balanced"  # then every class is seen equally often
-    criterion = losses.make_loss(settings, np.ones_like(counts) if is_balanced else counts)
+    n_cells = counts.max() * len(classes) if settings.steps_of == "upsampled" else tokens.step_cells or counts.sum()
+    counts = np.ones_like(counts) if is_balanced else counts
+    criterion = losses.make_loss(settings, counts)
     bf16 = hardware.uses_bf16(hardware.prepare(settings), settings.precision)
     transformers.set_seed(settings.seed)
     model = classifier.build(settings, tokens.vocabulary, classes)
     model.config.trained_in_bf16 = bf16
+    losses.start_at_base_rate(model.classifier.bias, settings, counts)
     plan = strategies.prepare(settings, model)
-    steps = optimizer_steps(settings, tokens.step_cells or len(rows["train"]))
+    steps = optimizer_steps(settings, int(n_cells))
     every = steps // settings.epochs
 
     below = Frozen(frozen, settings.frozen_cache_gb * 1e9, bf16=bf16)
@@ -111,6 +115,10 @@ def fit_cells(settings: "Study", tokens: "Tokens", frozen: Path | None = None) -
             raise TrainingFailed(msg)
         return losses.probabilities(logits, settings.loss).numpy()
 
+    def validate() -> dict[str, float]:
+        labels = cells["validation"].labels
+        return validation_scores(labels, predicted("validation")) if len(labels) else NO_SCORES
+
     with outcome.keeping_failures(settings.describe()):
         train(
             settings,
@@ -119,7 +127,7 @@ def fit_cells(settings: "Study", tokens: "Tokens", frozen: Path | None = None) -
             outcome,
             plan=plan,
             loss=loss,
-            validate=lambda: validation_scores(cells["validation"].labels, predicted("validation")),
+            validate=validate,
             steps=steps,
             validate_at=range(every, steps + 1, every),
             lowest="validation_loss" if chosen_by_validation(settings, outcome.n_validation) else None,
@@ -143,6 +151,8 @@ def rows_of_splits(settings: "Study", tokens: "Tokens") -> dict[str, np.ndarray]
     counts = cells_table(tokens)
     if settings.fold is not None and settings.group_by is not None:  # a test group need not have every class
         counts = counts.drop(columns="test")
+    if settings.validation_share == 0:
+        counts = counts.drop(columns="validation")
     empty = counts.stack()[lambda n: n == 0]
     if len(empty):
         label, split = empty.index[0]

@@ -199,6 +199,7 @@ def _train(settings: Study, task: GeneTask, folder: Path) -> None:
     label_of = label_of.to(device)
     n_tokens = learnt.groupby("target")["context_cells"].sum().reindex([0, 1])
     criterion = losses.make_loss(settings, n_tokens.to_numpy())
+    losses.start_at_base_rate(model.classifier.bias, settings, n_tokens.to_numpy())
     target, is_validation, is_test = task.genes["target"].to_numpy(), parts == "validation", parts == "test"
 
     def loss(model: GeneClassifier, batch: Batch) -> torch.Tensor:

@@ -100,11 +100,15 @@ def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean over cells and classes of -log s for the true class and -log(1 - s) else, s the sigmoid."""
+    """Return the mean over cells of the sum over classes: -log s for the true class, -log(1 - s) else, s the sigmoid.
+
+    The slope in a logit is s - g for a cell (g is 1 for its class, else 0), as that of the cross entropy is p - g. The
+    mean over classes, torch's default, divides it by their number: AdamW undoes that, clipping to a norm does not.
+    """
     logits, labels = _labelled(logits, labels)
     target = functional.one_hot(labels, logits.shape[1]).to(logits)
     losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-    return losses / max(target.numel(), 1)
+    return losses / max(len(labels), 1)
 
 
 LOSSES: dict[str, Callable[["Study", np.ndarray | Tensor], Loss]] = {
@@ -129,6 +133,19 @@ def make_loss(settings: "Study", train_counts: np.ndarray | Tensor) -> Loss:
     none and the loss weighs classes by their number.
     """
     return LOSSES[settings.loss](settings, train_counts)
+
+
+@torch.no_grad()
+def start_at_base_rate(bias: Tensor, settings: "Study", train_counts: np.ndarray | Tensor) -> None:
+    """Set the bias of a new head, (classes,), for ``bce`` to the log-odds of each class; other losses keep it.
+
+    At bias 0 every sigmoid says 0.5, and most of a short training goes into learning that a class is rare (Lin et al.
+    2017, arXiv:1708.02002, section 3.3). The softmax needs none of it: equal logits say 1 / K. A class without cells
+    counts as half a cell.
+    """
+    if settings.loss == "bce":
+        counts = torch.as_tensor(train_counts).to(torch.float64).clamp(min=0.5)
+        bias.copy_(torch.logit(counts / counts.sum()))
 
 
 def _labelled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

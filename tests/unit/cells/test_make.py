@@ -25,6 +25,8 @@ MADE = {
     "capped": {**POINTS, "token_length": "single_cell"},
     "real validation": {**POINTS, "validation_cells": "real"},
     "steps": {**POINTS, "steps_of": "single_cell"},
+    "sharing": {**POINTS, "points": "single_cell"},
+    "sharing, few steps": {**POINTS, "points": "single_cell", "depth": "single_cell", "steps_of": "pseudobulk"},
     "nb": {"train_set": "synthetic", "generator": "nb"},
     "untreated": {"train_set": "synthetic", "generator": "gaussian", "variances": "untreated"},
     "copies": {**PADDED, "generator": "copies", "pad": 20},
@@ -114,6 +116,20 @@ def test_the_controls_of_a_pseudobulk_differ_from_it_in_one_thing(demo_cells, ma
     depth, shallow, single = (np.median(cells.obs["n_counts"]) for cells in (points, thinned, singles))
     assert depth > 4 * single
     assert shallow == pytest.approx(single, rel=0.03)
+
+
+def test_points_that_share_cells_are_as_many_as_single_cells(demo_cells, made_settings):
+    made, step_cells, sources = make.make_cells(made_settings(**MADE["sharing"]), demo_cells)
+    few = make.make_cells(made_settings(**MADE["sharing, few steps"]), demo_cells)
+    for name in ("train", "validation"):
+        points, singles = part(made, name), part(demo_cells, name)
+        assert points.obs["label"].value_counts().to_dict() == singles.obs["label"].value_counts().to_dict()
+        assert members(points) == set(singles.obs_names)  # of training cells, or of validation cells, and of all
+    thinned, singles = part(few[0], "train"), part(demo_cells, "train")
+    assert np.median(thinned.obs["n_counts"]) == pytest.approx(np.median(singles.obs["n_counts"]), rel=0.03)
+    assert set(sources) == set(part(demo_cells, "train", "validation").obs_names)
+    own = make.make_cells(made_settings(**POINTS), demo_cells)[0]
+    assert (step_cells, few[1]) == (None, (own.obs["split"] == "train").sum())
 
 
 def test_few_cells_of_each_class(demo_cells, made_settings):

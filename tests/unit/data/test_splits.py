@@ -278,6 +278,15 @@ def test_a_class_too_small_for_the_folds_is_refused(n, folds):
         assign_fold(labels, folds=folds, fold=0, validation_share=0.1, seed=0)
 
 
+def test_without_validation_all_that_is_not_tested_is_trained_on():
+    labels = pd.Series(["a"] * 40 + ["b"] * 20, [f"cell{number}" for number in range(60)])
+    split = assign_split(labels, test_share=0.2, validation_share=0, seed=0)
+    assert split.value_counts().to_dict() == {"train": 48, "test": 12, "validation": 0}
+    table = pd.DataFrame({"label": labels, "split": split})
+    drawn = draw_cells(table, train_cells=12, validation_share=0, seed=0)
+    assert [len(rows) for rows in drawn.values()] == [12, 0, 12]
+
+
 def test_a_validation_share_that_leaves_no_training_cell_is_refused():
     labels = pd.Series(["a"] * 20 + ["b"] * 5)
     with pytest.raises(UserError, match=r"^Class 'b' has 4 cells outside the test cells .* share of 0\.9"):

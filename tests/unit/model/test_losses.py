@@ -49,7 +49,7 @@ def by_formula(name, logits, labels):
         dice = [2 * (p[:, c] * g[:, c]).sum() / ((p[:, c] ** 2).sum() + g[:, c].sum()) for c in sorted(set(y))]
         return 1 - np.mean(dice)
     s = 1 / (1 + np.exp(-z))
-    return -(g * np.log(s) + (1 - g) * np.log(1 - s)).mean()
+    return -(g * np.log(s) + (1 - g) * np.log(1 - s)).sum(axis=1).mean()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,6 +169,24 @@ def test_probabilities_sum_to_one():
     np.testing.assert_allclose(losses.probabilities(logits, "bce")[1], far / far.sum(), rtol=1e-12)
     for name in set(NAMES) - {"bce"}:
         np.testing.assert_allclose(losses.probabilities(logits, name), softmax(logits.numpy()), rtol=1e-12)
+
+
+def test_the_slope_of_bce_in_a_logit_is_as_steep_as_that_of_the_cross_entropy(batch):
+    """At equal probabilities: s - g and p - g, whatever the number of classes."""
+    logits, labels = torch.zeros(7, 4, dtype=torch.float64, requires_grad=True), batch[1]
+    start = torch.logit(torch.full((4,), 0.25, dtype=torch.float64))
+    slopes = [torch.autograd.grad(make(name)(logits + start, labels), logits)[0] for name in ("bce", "cross_entropy")]
+    torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-15)
+
+
+def test_bce_starts_at_the_base_rate_and_other_losses_at_zero():
+    for name in NAMES:
+        bias = torch.zeros(4)
+        losses.start_at_base_rate(bias, SimpleNamespace(loss=name), COUNTS)
+        expected = COUNTS / COUNTS.sum() if name == "bce" else np.full(4, 0.5)
+        np.testing.assert_allclose(torch.sigmoid(bias), expected, rtol=1e-6)
+    losses.start_at_base_rate(bias, SimpleNamespace(loss="bce"), np.array([5, 0, 2, 1]))
+    assert torch.isfinite(bias).all()
 
 
 @pytest.mark.parametrize("name", ["weighted", "balanced_softmax", "focal"])
