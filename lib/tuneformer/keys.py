@@ -127,7 +127,7 @@ class TrainSetKeys(CellsKeys):
 class TokensKeys(TrainSetKeys):
     """Tokens (02_tokenize)."""
 
-    checkpoint: str = _key("demo", "demo (simulated) | Geneformer-V1-10M, -V2-104M, -V2-316M | a local folder")
+    checkpoint: str = _key("demo", "demo (simulated) | mini (real cells) | Geneformer-V1-10M, -V2-104M, -V2-316M | a local folder")
     vocabulary: Literal["checkpoint", "fit"] = _key("checkpoint", "checkpoint | fit (medians from the training cells)")
     max_length: Count | None = _key(None, "tokens per cell, special ones included; null = the checkpoint's positions")
 
@@ -201,8 +201,12 @@ class CompressionKeys(Section):
 
 
 class PretrainingKeys(Section):
-    """Pre-training of the demo checkpoint (00_pretrain)."""
+    """Pre-training of the checkpoints that the package ships (00_pretrain)."""
 
+    pretrain_files: list[str] = _key([], "h5ad files of real cells, or folders of them; [] = simulated cells")
+    pretrain_medians: str | None = _key(
+        None, "real cells: folder with Geneformer's dictionaries, for medians and symbols; null = fit all medians"
+    )
     pretrain_cells: Count = _key(40000, "simulated unperturbed cells")
     pretrain_types: Count = _key(300, "simulated cell types")
     pretrain_steps: Count = _key(5000, "optimizer steps")
