@@ -63,6 +63,8 @@ class CellsKeys(TaskKeys):
         "cardiomyopathy",
     ] = _key("demo", "demo | demo_pancreas (simulated) | pbmc68k (real) | own | a downloaded one (data/sources.py)")
     path: str | None = _key(None, "own: an h5ad, 10x h5 or folder, or .dataset; $VARIABLES expanded")
+    more_paths: list[str] = _key([], "own: further files; the genes that all have are kept, obs column file tells them")
+    only_genes: str | None = _key(None, "regular expression: only genes whose symbol matches are kept; null = all")
     counts: str = _key("X", "where the raw counts are: X | raw | name of a layer | auto (the first that holds counts)")
     fractional_counts: bool = _key(False, "true: counts may be fractions (full-length protocols)")
     ensembl_id: str | None = _key(None, "var column of gene identifiers; null = the one with Ensembl ids, or the index")

@@ -42,7 +42,8 @@ def prepare_cells(settings: Study) -> ad.AnnData:
     def make(folder: Path) -> None:
         cells = sources.load(settings)
         check_cells(cells, settings)
-        cells = select_task_cells(keep_cells(cells, qc_flags(cells, settings)), settings)
+        cells = keep_genes(keep_cells(cells, qc_flags(cells, settings)), settings)
+        cells = select_task_cells(cells, settings)
         split_cells(cells.copy(), settings)  # cells that cannot be split are not stored
         cells.write_h5ad(folder / "cells.h5ad", compression="lzf")
 
@@ -161,6 +162,17 @@ def keep_cells(adata: ad.AnnData, flags: pd.DataFrame) -> ad.AnnData:
     adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
     adata.obs[["n_counts", "mito_share"]] = flags.loc[kept, ["n_counts", "mito_share"]].to_numpy(float)
     return adata
+
+
+def keep_genes(adata: ad.AnnData, settings: Study) -> ad.AnnData:
+    """Return the cells with the genes whose symbol matches ``only_genes``; UserError if none does."""
+    if settings.only_genes is None:
+        return adata
+    kept = adata.var["symbol"].astype(str).str.match(settings.only_genes).to_numpy()
+    if not kept.any():
+        msg = f"only_genes: no gene symbol matches {settings.only_genes!r} (symbols like {adata.var['symbol'].iloc[0]})."
+        raise UserError(msg)
+    return adata[:, kept].copy()
 
 
 def select_task_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:
