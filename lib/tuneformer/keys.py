@@ -71,6 +71,8 @@ class CellsKeys(TaskKeys):
         "cardiomyopathy",
     ] = _key("demo", "demo | demo_pancreas (simulated) | pbmc68k (real) | own | a downloaded one (data/sources.py)")
     path: str | None = _key(None, "own: an h5ad, 10x h5 or folder, or .dataset; $VARIABLES expanded")
+    more_paths: list[str] = _key([], "own: further files; the genes that all have are kept, obs column file tells them")
+    only_genes: str | None = _key(None, "regular expression: only genes whose symbol matches are kept; null = all")
     counts: str = _key("X", "where the raw counts are: X | raw | name of a layer | auto (the first that holds counts)")
     fractional_counts: bool = _key(False, "true: counts may be fractions (full-length protocols)")
     ensembl_id: str | None = _key(None, "var column of gene identifiers; null = the one with Ensembl ids, or the index")
@@ -138,7 +140,9 @@ class TrainSetKeys(CellsKeys):
 class TokensKeys(TrainSetKeys):
     """Tokens (02_tokenize)."""
 
-    checkpoint: str = _key("demo", "demo (simulated) | Geneformer-V1-10M, -V2-104M, -V2-316M | a local folder")
+    checkpoint: str = _key(
+        "demo", "demo (simulated) | mini (real cells) | Geneformer-V1-10M, -V2-104M, -V2-316M | a local folder"
+    )
     vocabulary: Literal["checkpoint", "fit"] = _key("checkpoint", "checkpoint | fit (medians from the training cells)")
     max_length: Count | None = _key(None, "tokens per cell, special ones included; null = the checkpoint's positions")
 
@@ -221,8 +225,12 @@ class CompressionKeys(Section):
 
 
 class PretrainingKeys(Section):
-    """Pre-training of the demo checkpoint (00_pretrain)."""
+    """Pre-training of the checkpoints that the package ships (00_pretrain)."""
 
+    pretrain_files: list[str] = _key([], "h5ad files of real cells, or folders of them; [] = simulated cells")
+    pretrain_medians: str | None = _key(
+        None, "real cells: folder with Geneformer's dictionaries, for medians and symbols; null = fit all medians"
+    )
     pretrain_cells: Count = _key(40000, "simulated unperturbed cells")
     pretrain_types: Count = _key(300, "simulated cell types")
     pretrain_steps: Count = _key(8000, "optimizer steps")

@@ -159,6 +159,14 @@ def taken(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
     return ad.AnnData(adata.X.taken(rows), obs=adata.obs.iloc[rows].copy(), var=adata.var.copy(), uns=adata.uns.copy())
 
 
+def taken_genes(adata: ad.AnnData, kept: np.ndarray) -> ad.AnnData:
+    """Return a copy of the cells with some genes, given whether each is kept; counts on disk stay there."""
+    if not isinstance(adata.X, Counts):
+        return adata[:, kept].copy()
+    values = adata.X.summed(np.where(kept, np.cumsum(kept) - 1, -1), int(kept.sum()))
+    return ad.AnnData(values, obs=adata.obs.copy(), var=adata.var[kept].copy(), uns=adata.uns.copy())
+
+
 def chunks(adata: ad.AnnData, cells: int = CELLS) -> Iterator[tuple[slice, sparse.csr_matrix]]:
     """Give the counts of a few cells at a time, by rows: their places, and the matrix.
 

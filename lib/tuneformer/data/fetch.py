@@ -45,6 +45,7 @@ HUB = constants.ENDPOINT  # HF_ENDPOINT names a mirror
 # downloads at this revision.
 GENEFORMER = f"{HUB}/ctheodoris/Geneformer/resolve/04c2b2e84da7c0f385c3f9ad8f3ec24bab6650e5"
 FOLDERS = {"V1": "geneformer/gene_dictionaries_30m", "V2": "geneformer"}  # of the dictionaries
+SHIPPED = ("demo", "mini")  # made here: of simulated cells, and of real ones
 PUBLISHED = {"Geneformer-V1-10M": "V1", "Geneformer-V2-104M": "V2", "Geneformer-V2-316M": "V2"}
 GENE_NAMES = "gene_name_id_dict*.pkl"
 PINNED = [
@@ -109,10 +110,10 @@ def checkpoint_files(name: str) -> list[RemoteFile]:
 
 
 def checkpoint_path(name: str) -> Path:
-    """Return where a checkpoint is, or will be: ``demo`` in the package, a published one among the downloads."""
+    """Return where a checkpoint is, or will be: one of `SHIPPED` in the package, a published one among the downloads."""
     if name in PUBLISHED:
         return paths.DOWNLOADS / name
-    return paths.ASSETS / "demo_checkpoint" if name == "demo" else paths.user_path(name)
+    return paths.ASSETS / f"{name}_checkpoint" if name in SHIPPED else paths.user_path(name)
 
 
 def checkpoint_dir(name: str) -> Path:
@@ -129,8 +130,8 @@ def checkpoint_key(name: str) -> str:
     for path in needed:
         if name not in PUBLISHED and not path.is_file():
             msg = (
-                f"checkpoint: {paths.shown(path)} does not exist; set checkpoint to demo, to one of "
-                f"{', '.join(PUBLISHED)}, or to the folder of a Geneformer model."
+                f"checkpoint: {paths.shown(path)} does not exist; set checkpoint to one of "
+                f"{', '.join([*SHIPPED, *PUBLISHED])}, or to the folder of a Geneformer model."
             )
             raise UserError(msg)
     return key("checkpoint", checksums or [f"sha256:{file_hash(path)}" for path in needed])

@@ -48,7 +48,8 @@ def prepare_cells(settings: Study, cells: ad.AnnData | None = None, flags: pd.Da
         loaded = sources.load(settings) if cells is None else cells
         check_cells(loaded, settings)
         measured = qc_flags(loaded, settings) if flags is None else flags
-        kept = select_task_cells(keep_cells(loaded, measured), settings)
+        kept = keep_genes(keep_cells(loaded, measured), settings)
+        kept = select_task_cells(kept, settings)
         split_cells(kept.copy(), settings)  # cells that cannot be split are not stored
         counts.write_cells(folder / FILE, kept)
 
@@ -177,6 +178,19 @@ def keep_cells(adata: ad.AnnData, flags: pd.DataFrame) -> ad.AnnData:
     adata.obs[["n_counts", "mito_share"]] = flags.loc[kept, ["n_counts", "mito_share"]].to_numpy(float)
     adata.obs["counts_hash"] = flags.loc[kept, "counts_hash"].to_numpy()
     return adata
+
+
+def keep_genes(adata: ad.AnnData, settings: Study) -> ad.AnnData:
+    """Return the cells with the genes whose symbol matches ``only_genes``; UserError if none does."""
+    if settings.only_genes is None:
+        return adata
+    kept = adata.var["symbol"].astype(str).str.match(settings.only_genes).to_numpy()
+    if not kept.any():
+        msg = (
+            f"only_genes: no gene symbol matches {settings.only_genes!r} (symbols like {adata.var['symbol'].iloc[0]})."
+        )
+        raise UserError(msg)
+    return counts.taken_genes(adata, kept)
 
 
 def select_task_cells(adata: ad.AnnData, settings: Study) -> ad.AnnData:

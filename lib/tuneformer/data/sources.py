@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import anndata as ad
+from scipy import sparse
 
 from tuneformer import paths
 from tuneformer.artifacts import key
@@ -49,6 +50,19 @@ class Source:
     has_symbols: bool = False  # genes may go by symbols, which the checkpoint's dictionary of gene names replaces
 
 
+def _read_files(path: Path, settings: Study) -> ad.AnnData:
+    """Read cells of one's own; of several files the genes that all have, and ``obs["file"]`` says from which."""
+    files = [path, *_more_files(settings)]
+    if len(files) == 1:
+        return readers.read_own(path, settings)
+    parts = {file.stem: readers.read_own(file, settings) for file in files}
+    for part in parts.values():
+        part.X = sparse.csr_matrix(part.X[:])  # joined in memory: their genes differ
+    cells = ad.concat(parts, join="inner", label="file", index_unique="-", merge="first")
+    cells.uns["recognised"] = parts[path.stem].uns["recognised"] | {"files": ", ".join(parts)}
+    return cells
+
+
 def _read_pancreas(path: Path, settings: Study) -> ad.AnnData:
     """Read the pancreas of scIB, whose ``tech`` numbers the batches of inDrop; these go to ``obs["batch"]``."""
     adata = readers.read_own(path, settings.model_copy(update={"counts": "counts", "obs_table": None}))
@@ -82,7 +96,7 @@ SOURCES = {
         title="Cells of your own",
         citation="the path of the study",
         licence="yours",
-        read=readers.read_own,
+        read=_read_files,
         has_symbols=True,
     ),
     "sciplex2": Source(
@@ -226,8 +240,13 @@ def _local_files(settings: Study) -> list[Path]:
     path = source_path(settings)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     files = [file for file in files if not file.name.startswith("cache-")]  # which datasets leaves beside its files
+    files += _more_files(settings)
     table = settings.obs_table
     return files if table is None else [*files, expanded_path("obs_table", table)]
+
+
+def _more_files(settings: Study) -> list[Path]:
+    return [expanded_path("more_paths", written, "h5ad files with raw counts") for written in settings.more_paths]
 
 
 def _names_hash(checkpoint: str) -> str | None:

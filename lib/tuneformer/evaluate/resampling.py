@@ -70,10 +70,15 @@ class Scored:
         ``n_train`` is read with folds, None takes the cells of the other folds; for the others see `crossed`.
         """
         weights = {arm: 1.0} if reference is None else {arm: 1.0, reference: -1.0}
-        return self.combination(weights, n_train=n_train, fixed_model=fixed_model)
+        return self.combination(weights, n_train=n_train, fixed_model=fixed_model, **planned)
 
     def combination(
-        self, weights: Mapping[str, float], *, n_train: float | None = None, fixed_model: bool = False
+        self,
+        weights: Mapping[str, float],
+        *,
+        n_train: float | None = None,
+        fixed_model: bool = False,
+        **planned: np.ndarray | float,
     ) -> Estimate:
         """Return the sum of some arms, each times its weight, over the seeds that all of them have."""
         seeds = self.seeds(*weights)

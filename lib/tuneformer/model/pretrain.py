@@ -1,10 +1,11 @@
-"""Pre-training of the demo checkpoint: a small Geneformer learns masked tokens of simulated, unperturbed cells.
+"""Pre-training of the checkpoints that the package ships: a small Geneformer learns masked tokens.
 
-In: the pre-training keys of a study. Out: a checkpoint folder (config.json, model.safetensors, vocabulary.parquet) with
+In: the pre-training keys of a study, which name real cells or simulate some. Out: a checkpoint folder (config.json, model.safetensors, vocabulary.parquet) with
 ``pretraining.json`` beside the weights: the command, parameters, references and loss curve that made it.
 """
 
 import platform
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,35 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM, TrainerCallback
 
 import tuneformer
 from tuneformer import paths
 from tuneformer.artifacts import atomic_path, key, read_json, write_json
+from tuneformer.data import fetch
+from tuneformer.data.corpus import corpus_files, read_corpus
+from tuneformer.data.refusals import expanded_path
 from tuneformer.data.simulate import simulate_corpus
+from tuneformer.data.unpickle import read_pickle
 from tuneformer.model import hardware, strategies, trainer
 from tuneformer.model.classifier import Batch, Cells
 from tuneformer.study import PretrainingKeys, Study
 from tuneformer.tokens.encode import encode
 from tuneformer.tokens.vocabulary import Vocabulary
 
-HELD_OUT = 1000  # cells of the corpus that are never trained on; at most a tenth of it
+HELD_OUT = 1000  # cells, at most, of the tenth of the corpus that is never trained on, which measure the loss
+MIN_CELLS = 20  # training cells of a real corpus that detect a gene of its vocabulary
 KEPT, RANDOM = 0.1, 0.1  # shares of the chosen tokens that stay as they are, or become any gene (Devlin et al. 2019)
 EVALUATIONS = 30  # points of the loss curve ...
 FIRST_STEPS = 10  # ... after the first steps, each of which is a point, so that a test can re-create them
+AT_ONCE = 128  # hidden tokens whose output is computed at once
 IGNORED = -100  # label of a position that is not predicted
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of the simulated corpus; ``vocabulary`` was fitted on the cells of ``train``."""
+    """Tokens of the corpus; ``vocabulary`` was fitted on the cells of ``train``."""
 
     train: datasets.Dataset
     held_out: datasets.Dataset
@@ -45,28 +53,59 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A pre-trained model, its loss curve (step, train_loss, held_out_loss; nats per token) and its references."""
+    """A pre-trained model, its loss curve (step, train_loss, held_out_loss; nats per token) and its references.
+
+    ``training_cells``: their number, by file where they are real.
+    """
 
     model: BertForMaskedLM
     vocabulary: Vocabulary
     curve: pd.DataFrame
     references: dict[str, float]
+    training_cells: dict[str, int]
 
 
 def make_corpus(settings: Study) -> Corpus:
-    """Simulate the corpus, fit the vocabulary and the non-zero medians on its training cells, and encode it.
+    """Read or simulate the corpus, fit the vocabulary and the non-zero medians on its training cells, and encode it.
 
     Before they are ranked, the counts are multiplied by log-normal noise (``rank_noise``). Most genes of a cell have a
     count of one or two, and the order of genes with the same count follows from their medians alone: without the noise
     a model finds a hidden gene by the medians of its neighbours, and learns nothing about the cell.
     """
-    cells = simulate_corpus(settings.pretrain_cells, n_types=settings.pretrain_types, seed=settings.pretrain_seed)
-    n_held_out = min(HELD_OUT, cells.n_obs // 10)
-    train, held_out = cells[:-n_held_out], cells[-n_held_out:]
-    vocabulary = Vocabulary.fit(train)
+    if settings.pretrain_files:
+        cells = read_corpus(corpus_files(settings.pretrain_files))
+        train, held_out = cells[~cells.obs["held_out"]], cells[cells.obs["held_out"]]
+        held_out = held_out[:: -(-held_out.n_obs // HELD_OUT)]
+        vocabulary = real_vocabulary(train, settings.pretrain_medians)
+    else:
+        cells = simulate_corpus(settings.pretrain_cells, n_types=settings.pretrain_types, seed=settings.pretrain_seed)
+        n_held_out = min(HELD_OUT, cells.n_obs // 10)
+        train, held_out = cells[:-n_held_out], cells[-n_held_out:]
+        vocabulary = Vocabulary.fit(train)
     rng = np.random.default_rng([settings.pretrain_seed, 3])
     parts = [with_noise(part, settings.rank_noise, rng) for part in (train, held_out)]
     return Corpus(*(encode(part, vocabulary, max_length=settings.pretrain_length) for part in parts), vocabulary)
+
+
+def real_vocabulary(train: ad.AnnData, dictionaries: str | None) -> Vocabulary:
+    """Return the genes that at least `MIN_CELLS` training cells detect, with tokens of their own.
+
+    The medians are those of Geneformer's `dictionaries` where these know the gene, else those of the cells. Gene symbols
+    become aliases, so that data with symbols only are served too; of the corpus where the dictionaries have none.
+    """
+    detected = np.bincount(train.X.indices, minlength=train.n_vars) >= MIN_CELLS
+    fitted = Vocabulary.fit(ad.AnnData(train.X[:, detected], obs=train.obs, var=train.var[detected]))
+    symbols = dict(zip(train.var["symbol"], train.var["ensembl_id"], strict=True))
+    genes = fitted.genes
+    if dictionaries is not None:
+        folder = expanded_path("pretrain_medians", dictionaries, "a folder with Geneformer's dictionaries")
+        official = Vocabulary.read(folder).genes.set_index("ensembl_id")["median"]
+        genes = genes.assign(median=genes["ensembl_id"].map(official).fillna(genes["median"]))
+        for path in folder.glob(fetch.GENE_NAMES):
+            symbols |= read_pickle(path)
+    known = set(genes["ensembl_id"])
+    aliases = {name: gene for name, gene in symbols.items() if gene in known and name not in known}
+    return Vocabulary(genes=genes, specials=fitted.specials, aliases=aliases)
 
 
 def with_noise(cells: ad.AnnData, noise: float, rng: np.random.Generator) -> ad.AnnData:
@@ -94,11 +133,22 @@ def hide(batch: Batch, vocabulary: Vocabulary, mask_share: float) -> Batch:
 
 
 def masked_loss(model: BertForMaskedLM, batch: Batch, reduction: str = "mean") -> torch.Tensor:
-    """Return the cross-entropy of the hidden tokens (nats); the output is computed for them alone: less work."""
+    """Return the cross-entropy of the hidden tokens (nats); the output is computed for them alone: less work.
+
+    It is computed for `AT_ONCE` tokens at a time, and again on the way back, so that the logits stay in the cache of
+    the processor: with 16,000 genes those of a whole batch take most of the time of a step.
+    """
     states = model.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     predicted = batch["labels"] != IGNORED
-    logits = model.cls(states[predicted]).float()  # (predicted tokens, vocabulary)
-    return torch.nn.functional.cross_entropy(logits, batch["labels"][predicted], reduction=reduction)
+    hidden, labels = states[predicted], batch["labels"][predicted]
+
+    def loss_of(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = model.cls(hidden).float()  # (tokens, vocabulary)
+        return (logits.logsumexp(dim=1) - logits.gather(1, labels.unsqueeze(1)).squeeze(1)).sum()
+
+    parts = zip(hidden.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
+    total = sum(checkpoint(loss_of, *part, use_reentrant=False) for part in parts)
+    return total if reduction == "sum" else total / len(labels)
 
 
 @torch.no_grad()
@@ -156,7 +206,7 @@ def pretrain(settings: Study, corpus: Corpus, *, folder: Path, stop_after: int |
     steps = settings.pretrain_steps
     run = {"learning_rate": settings.pretrain_learning_rate, "batch_size": settings.pretrain_batch}
     run |= {"warmup_steps": steps // 20, "warmup_cap": None, "seed": settings.pretrain_seed, "strategy": "full"}
-    settings = settings.model_copy(update=run | {"early_stop": None, "precision": "fp32"})
+    settings = settings.model_copy(update=run | {"early_stop": None})
     hardware.prepare(settings)
     transformers.set_seed(settings.seed)
     model = BertForMaskedLM(
@@ -195,7 +245,8 @@ def pretrain(settings: Study, corpus: Corpus, *, folder: Path, stop_after: int |
     )
     curve = log.history[["train_loss", "held_out_loss"]]
     curve.insert(0, "step", points[: len(curve)])
-    return Pretraining(model.cpu(), corpus.vocabulary, curve, context_free_losses(corpus))
+    files = [cell.partition(":")[0] if settings.pretrain_files else "simulated" for cell in corpus.train["cell"]]
+    return Pretraining(model.cpu(), corpus.vocabulary, curve, context_free_losses(corpus), dict(Counter(files)))
 
 
 def output_folder(settings: Study) -> Path:
@@ -205,20 +256,29 @@ def output_folder(settings: Study) -> Path:
 
 
 def save_checkpoint(result: Pretraining, settings: Study, folder: Path) -> None:
-    """Write the checkpoint folder: weights as safetensors, vocabulary with medians, and how it was made."""
+    """Write the checkpoint folder: weights as safetensors, vocabulary with medians, and how it was made.
+
+    What is there already of another kind, such as a data card, is kept. The weights of real cells are stored in half
+    precision; config.json says float32, in which they are read.
+    """
     command = f"papermill notebooks/00_pretrain.ipynb runs/00_pretrain.ipynb --cwd notebooks -p study {settings.study}"
     versions = {"tuneformer": tuneformer.__version__, "torch": torch.__version__, "python": platform.python_version()}
     made_by = {
-        "simulated": True,
+        "simulated": not settings.pretrain_files,
         "command": command,
         "parameters": settings.keys(PretrainingKeys),
+        "training_cells": result.training_cells,
         "references": result.references,
         "loss_curve": result.curve.to_dict(orient="list"),
         "versions": versions | {"transformers": transformers.__version__},
     }
+    cards = {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")}
     with atomic_path(folder) as partial:
         partial.mkdir()
-        result.model.save_pretrained(partial)
+        for name, text in cards.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        (result.model.half() if settings.pretrain_files else result.model).save_pretrained(partial)
+        write_json(partial / "config.json", read_json(partial / "config.json") | {"dtype": "float32"})
         result.vocabulary.write(partial)
         write_json(partial / "pretraining.json", made_by)
 
