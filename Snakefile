@@ -183,7 +183,8 @@ rule whole_study:
         key=lambda wildcards: key(TASKS[wildcards.study, wildcards.task].model_dump()),
     log:
         EXECUTED.replace("NOTEBOOK", "{notebook}"),
-    threads: workflow.cores or 1  # nothing runs beside what measures speed; on a cluster the profile says how many
+    # all that Snakemake was given, so that nothing runs beside what measures speed; on a cluster what the profile says
+    threads: workflow.resource_settings.cores or 1
     resources:
         gres=lambda wildcards: gpu(TASKS[wildcards.study, wildcards.task]),
     shell:

@@ -57,6 +57,7 @@ def test_what_a_killed_snakemake_leaves_is_ended_and_nothing_is_trained_twice(he
     assert left, "the job outlives Snakemake, otherwise this test shows nothing"
     second = begin(held, times=2)
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in left)
+    first.communicate()  # which waits for the last that could write to its output
     hold(held).unlink()
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+INSTALLED = Path(
+    "/etc/slurm/slurm.conf"
+)  # where the plugin's srun looks: it takes SLURM_CONF out of a job's environment
 DAEMONS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "mariadb-install-db")
 
 # The node claims more than a small machine has (config_overrides), so that the profile is tried as it is shipped.
@@ -124,6 +127,7 @@ class Cluster:
         values |= {"folder": self.folder, "host": socket.gethostname().split(".")[0], "user": getpass.getuser()}
         accounting = ACCOUNTING.format(**values) if self.has_accounting else ""
         self.write("slurm.conf", SLURM_CONF.format(accounting=accounting, **values))
+        INSTALLED.symlink_to(self.folder / "slurm.conf")
         self.write("gres.conf", "Name=gpu File=/dev/null\n")
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
@@ -167,6 +171,7 @@ class Cluster:
 
     def stop(self):
         """End what runs on the node, then the daemons, the last one first."""
+        INSTALLED.unlink(missing_ok=True)
         if self.said("squeue", "-h"):
             self.said("scancel", "--state=RUNNING,PENDING", f"--user={getpass.getuser()}")
             wait_for(lambda: not self.said("squeue", "-h"), "jobs do not end")
@@ -192,6 +197,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=[False, True], ids=["without accounting", "with slurmdbd"])
 def cluster(request, tmp_path):
     """Start a `Cluster`, and end it with all that runs on it."""
+    if INSTALLED.exists():
+        pytest.skip(f"{INSTALLED} is there: this machine belongs to a cluster")
+    INSTALLED.unlink(missing_ok=True)  # a link that a killed test left
     folder = tmp_path / "cluster"
     folder.mkdir(mode=0o755)
     built = Cluster(folder, request.param)

@@ -34,7 +34,7 @@ def profile(tmp_path):
 @pytest.fixture
 def held(quick_repository, cluster):
     """A repository on the cluster, whose batch stays in the second seed of one of its jobs."""
-    quick_repository.environment = cluster.environment | {"STUDY": "tiny"}
+    quick_repository.environment = {"SLURM_CONF": cluster.environment["SLURM_CONF"], "STUDY": "tiny"}
     hold(quick_repository).touch()
     return quick_repository
 
