@@ -1,7 +1,6 @@
-# All jobs of a batch, their results, figures and page:  snakemake --cores all --config study=demo
+# All jobs of a batch, their results, figures and page:  make report STUDY=demo, which calls Snakemake (tuneformer.batch)
 # study: a file in params/, or `default` or `all` (tuneformer.study.batch). A job is one papermill run of notebook 05 for
 # one arm of one task, all its seeds and folds. An executed notebook is a log, kept when its job fails.
-import os
 import shlex
 import sys
 import time
@@ -63,6 +62,11 @@ def job_of(wildcards):
 def weights(wildcards):
     """Return the key of the checkpoint of a job, so that other weights in its folder have the job done again."""
     return fetch.checkpoint_key(job_of(wildcards).checkpoint)
+
+
+def gpu(settings):
+    """Return the GPU that a job on a cluster asks for; a profile names it with `config: [gres=gpu:1]`."""
+    return str(config.get("gres", "gpu:1")) if settings.device == "cuda" else ""
 
 
 def tables(study):
@@ -165,6 +169,8 @@ rule job:
         key=lambda wildcards: key(job_of(wildcards).keys(TrainingKeys), job_of(wildcards).seeds, weights(wildcards)),
         seeds=lambda wildcards: str(job_of(wildcards).seeds),
     threads: 1
+    resources:
+        gres=lambda wildcards: gpu(job_of(wildcards)),
     shell:
         "{PYTHON} -m tuneformer.run 05_finetune_strategies {wildcards.study:q} -p task {wildcards.task:q}"
         " -p arm {wildcards.arm:q} -p seeds {params.seeds:q} -p threads {threads}"
@@ -179,7 +185,10 @@ rule whole_study:
         key=lambda wildcards: key(TASKS[wildcards.study, wildcards.task].model_dump()),
     log:
         EXECUTED.replace("NOTEBOOK", "{notebook}"),
-    threads: os.cpu_count()  # nothing runs beside what measures speed; Snakemake takes no more than it was given
+    # all that Snakemake was given, so that nothing runs beside what measures speed; on a cluster what the profile says
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        gres=lambda wildcards: gpu(TASKS[wildcards.study, wildcards.task]),
     shell:
         "{PYTHON} -m tuneformer.run {wildcards.notebook:q} {wildcards.study:q} -p task {wildcards.task:q}"
 

@@ -68,9 +68,10 @@ class Repository:
     root: Path
     started: list[subprocess.Popen] = field(default_factory=list)
 
-    def start(self, *command: str) -> subprocess.Popen:
+    def start(self, *command: str, **variables: str) -> subprocess.Popen:
         """Start a command of this repository (a session of its own, so that it can be killed as a whole)."""
         environment = os.environ | {"PYTHONPATH": str(self.root / "lib"), "TUNEFORMER_RUNS": str(self.root / "runs")}
+        environment |= variables
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=self.root,
@@ -92,9 +93,9 @@ class Repository:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
 
-    def call(self, *command: str) -> subprocess.CompletedProcess:
+    def call(self, *command: str, **variables: str) -> subprocess.CompletedProcess:
         """Run a command of this repository to its end."""
-        process = self.start(*command)
+        process = self.start(*command, **variables)
         out, err = process.communicate(timeout=900)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 

@@ -10,8 +10,16 @@ from tuneformer import paths
 PACKAGE = paths.ASSETS.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = ["study", "data", "tokens", "cells", "model", "evaluate", "report"]  # each imports itself and those before it
-BELOW = {"artifacts", "keys", "paths", "params", "arms", "study"}  # modules of the first part, which are in no folder
-ABOVE = {"run"}  # executes notebooks, and is imported by none
+BELOW = {
+    "artifacts",
+    "cluster",
+    "keys",
+    "paths",
+    "params",
+    "arms",
+    "study",
+}  # modules of the first part, which are in no folder
+ABOVE = {"batch", "run"}  # start what a user asked for, and are imported by none
 NAMED_BY_STUDIES = ("keys", "model.strategies")  # so that a new strategy is written in one place; it imports no torch
 LONGEST = 400  # lines of a file
 SHORTER = {"study": 300, "arms": 300, "keys": 300, "params": 300}

@@ -83,8 +83,16 @@ def test_a_profile_sets_options_that_snakemake_has(profile):
     settings = yaml.safe_load((paths.ROOT / "profiles" / profile / "config.yaml").read_text(encoding="utf-8"))
     helped = subprocess.run([sys.executable, "-m", "snakemake", "--help"], capture_output=True, text=True, check=True)
     options = set(re.findall(r"--([a-z-]+)", helped.stdout))
-    assert set(settings) <= options
+    assert {key for key in settings if not key.startswith("slurm-")} <= options  # those of the plugin: make test-slurm
     assert "nolock" not in settings
+
+
+def test_the_plugin_of_the_cluster_is_pinned_and_needs_nothing_else():
+    """It is not in requirements.txt, as it asks Slurm at every start of Snakemake; its pins go into the same .venv."""
+    lines = (paths.ROOT / "profiles" / "slurm" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [PIN.match(line)[1] for line in lines if not line.startswith("#")]
+    assert pins == ["snakemake-executor-plugin-slurm", "snakemake-executor-plugin-slurm-jobstep"]
+    assert not set(pins) & set(PINS)
 
 
 def make(folder, *arguments, **variables):
@@ -125,6 +133,25 @@ def test_a_wrong_python_is_one_sentence(clone):
     assert sentence.endswith("make report PYTHON=/path/to/python3.11")
     assert all(line.startswith("make: ***") for line in rest)
     assert not (clone / ".venv").exists()
+
+
+SPITEFUL = "x;touch p $(touch p) `touch p` $(shell touch p) $HOME \"'&|"
+
+
+@pytest.mark.parametrize("target", ["report", "plan", "publish"])
+@pytest.mark.parametrize("by", ["command line", "environment"])
+def test_what_a_user_writes_reaches_python_as_it_is_and_is_never_executed(clone, target, by):
+    make(clone, ".venv/complete", "PYTHON=./python-of-test")
+    names = ("STUDY", "DATA", "LABEL", "PROFILE", "JOBS")
+    python = clone / ".venv" / "bin" / "python"
+    values = " ".join(f'"${name}"' for name in names)
+    python.write_text(f"#!/bin/sh\nprintf '%s\\n' {values} >values.txt\n")
+    given = dict.fromkeys(names, SPITEFUL)
+    ended = make(clone, target, *[f"{name}={value}" for name, value in given.items()] if by == "command line" else [],
+                 **given if by == "environment" else {})  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert (clone / "values.txt").read_text().splitlines() == [SPITEFUL] * len(names)
+    assert not (clone / "p").exists()
 
 
 def test_the_environment_is_made_once(clone):
