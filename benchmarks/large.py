@@ -114,8 +114,8 @@ def stage(name: str, folder: Path) -> dict[str, float]:
             pseudobulk.aggregate(cells, groups, how="sum", k=10, strata=stratum, name="p", folder=Path(scratch))
     else:
         steps = synthetic_cells(settings, name, int(os.environ["N_CELLS"]), folder)
-    seconds = round(time.perf_counter() - start, 1)
-    return {"seconds": seconds, "peak_mb": round(peak_memory()), "added_mb": round(peak_memory() - before), **steps}
+    seconds = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1)}
+    return {**seconds, "peak_mb": round(peak_memory()), "added_mb": round(peak_memory() - before), **steps}
 
 
 def training_start(settings: Study) -> dict[str, float]:

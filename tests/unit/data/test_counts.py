@@ -85,7 +85,7 @@ def test_chunks_of_any_layout_and_of_views_are_those_of_the_matrix(
     for chosen, expected in {
         "all": (cells, values_of()),
         "rows": (cells[order], values_of()[order]),
-        "rows and genes": (cells[order, 1::2], values_of()[order][:, 1::2]),
+        "rows and genes": (cells[order, [9, 2, 4]], values_of()[order][:, [9, 2, 4]]),
     }.values():
         parts = list(counts.chunks(chosen))
         assert all(part.stop - part.start <= 7 for part, _ in parts)
