@@ -7,6 +7,7 @@ memory of each stage, each in a process of its own, from `measure`; as a command
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,8 +37,7 @@ GROWTH = 1.5  # times the growth of the cells that the seconds may grow, beyond 
 def blocks(n_cells: int) -> Iterator[sparse.csr_matrix]:
     """Give counts like those of PBMC: real cells drawn again, with single molecules lost, or simulated ones."""
     rng = np.random.default_rng(0)
-    real = Path(os.environ.get("TUNEFORMER_DATA", "")) / "pbmc_facs_raw.h5ad"
-    pool = sparse.csr_matrix(ad.read_h5ad(real).X) if real.is_file() else None
+    pool = None if path_of_pbmc() is None else sparse.csr_matrix(ad.read_h5ad(path_of_pbmc()).X)
     shares = rng.lognormal(0, 2, GENES)
     for start in range(0, n_cells, BLOCK):
         number = min(BLOCK, n_cells - start)
@@ -77,8 +77,16 @@ def path_of_pbmc() -> Path | None:
 def settings_of(folder: Path) -> Study:
     """Return the study of the large file: own cells, and a checkpoint with the official V1 dictionary where it is."""
     own = {"dataset": "own", "path": str(folder / "cells.h5ad"), "classes": [], "dose_column": None, "group_by": None}
-    fitted = {"vocabulary": "fit", "min_counts": 0, "max_counts": None, "max_length": None, "arm": "full"}
-    return load_study("tiny", **own, **fitted, train_cells=None)
+    known = {"vocabulary": "fit"} if path_of_pbmc() is None else {"checkpoint": str(folder / "checkpoint")}
+    return load_study("tiny", **own, **known, min_counts=0, max_counts=None, max_length=None, train_cells=None)
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Put the official V1 dictionaries, as far as they are there, beside a configuration of 2,048 positions."""
+    folder.mkdir()
+    for file in (path_of_pbmc().parent / "geneformer_v1").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
 
 
 def stage(name: str, folder: Path) -> dict[str, float]:
@@ -88,6 +96,8 @@ def stage(name: str, folder: Path) -> dict[str, float]:
     before, start, steps = peak_memory(), time.perf_counter(), {}
     if name == "write":
         write_cells(folder / "cells.h5ad", int(os.environ["N_CELLS"]))
+        if path_of_pbmc() is not None:
+            write_checkpoint(folder / "checkpoint")
     elif name == "01":
         qc.prepare_cells(settings)
     elif name == "02":
@@ -104,8 +114,8 @@ def stage(name: str, folder: Path) -> dict[str, float]:
             pseudobulk.aggregate(cells, groups, how="sum", k=10, strata=stratum, name="p", folder=Path(scratch))
     else:
         steps = synthetic_cells(settings, name, int(os.environ["N_CELLS"]), folder)
-    seconds = round(time.perf_counter() - start, 1)
-    return {"seconds": seconds, "peak_mb": round(peak_memory()), "added_mb": round(peak_memory() - before), **steps}
+    seconds = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1)}
+    return {**seconds, "peak_mb": round(peak_memory()), "added_mb": round(peak_memory() - before), **steps}
 
 
 def training_start(settings: Study) -> dict[str, float]:

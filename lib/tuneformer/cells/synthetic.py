@@ -288,9 +288,7 @@ def _fit(source: ad.AnnData, where: str, generator: str, rank: int, rng: np.rand
     return fit(sparse.csr_matrix(source.X, dtype=np.float64), rank if has_factors else 0, rng)
 
 
-def _draw_all(
-    draw: Draw, mean: np.ndarray, number: int, rng: np.random.Generator, stratum: str
-) -> Iterator[sparse.csr_matrix]:
+def _draw_all(draw: Draw, mean: np.ndarray, number: int, rng: np.random.Generator, stratum: str) -> Iterator:
     """Draw cells in pieces of bounded memory; draw those without any count again."""
     most = max(1, ENTRIES // len(mean))
     missing, left = number, TRIES

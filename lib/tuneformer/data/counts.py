@@ -167,7 +167,7 @@ def taken_genes(adata: ad.AnnData, kept: np.ndarray) -> ad.AnnData:
     return ad.AnnData(values, obs=adata.obs.copy(), var=adata.var[kept].copy(), uns=adata.uns.copy())
 
 
-def chunks(adata: ad.AnnData, cells: int = CELLS) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+def chunks(adata: ad.AnnData, cells: int | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
     """Give the counts of a few cells at a time, by rows: their places, and the matrix.
 
     Whatever the layout, and whether in memory or backed by a file, also of selected cells and genes. A backed matrix by
@@ -178,6 +178,7 @@ def chunks(adata: ad.AnnData, cells: int = CELLS) -> Iterator[tuple[slice, spars
             adata = _unbacked(adata, Path(folder))
         elif getattr(adata[:1].X, "format", "csr") == "csc":
             adata = ad.AnnData(sparse.csr_matrix(adata.X), obs=adata.obs[[]])
+        cells = cells or CELLS
         step = cells if sparse.issparse(adata[:1].X) else max(1, min(cells, VALUES // max(adata.n_vars, 1)))
         for start in range(0, adata.n_obs, step):
             part = slice(start, min(start + step, adata.n_obs))

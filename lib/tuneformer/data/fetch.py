@@ -29,9 +29,10 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from tuneformer import paths
-from tuneformer.artifacts import UserError, key, read_json, write_json
+from tuneformer.artifacts import UserError, key, made, read_json, write_json
 from tuneformer.data.unpickle import read_pickle
 
+LARGE = 100_000_000  # bytes; reading such a file takes seconds
 TRIES = 5  # in a row without a single new byte
 TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers that may be another one soon
@@ -147,7 +148,12 @@ def gene_names(checkpoint: str) -> Path | None:
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
     """Return the hash of a file, which is read again only when its size or time has changed."""
-    return _digest(path, algorithm, path.stat().st_size, path.stat().st_mtime_ns)
+    state = algorithm, path.stat().st_size, path.stat().st_mtime_ns
+    if state[1] < LARGE:
+        return _digest(path, *state)
+    number = key("hash", str(path.resolve()), *state)  # noted for other processes, too
+    noted = made(paths.RUNS / ".hashes" / number, number, lambda to: (to / algorithm).write_text(_digest(path, *state)))
+    return (noted / algorithm).read_text()
 
 
 def fetch(file: RemoteFile, *, wait: Callable[[float], None] = time.sleep) -> Path:

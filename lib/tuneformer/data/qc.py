@@ -270,8 +270,8 @@ def _measured(adata: ad.AnnData, settings: Study) -> pd.DataFrame:
                 at = int(wrong.argmax())
                 cell = adata.obs_names[part.start + np.searchsorted(values.indptr, at, side="right") - 1]
                 first[what] = values.data[at], adata.var["ensembl_id"].iloc[values.indices[at]], cell
-        total = np.asarray(values.sum(axis=1)).ravel()
-        columns = {"n_counts": total, "n_genes": values.getnnz(axis=1), "mito": values @ mito.astype(total.dtype)}
+        total, of_mito = (np.asarray(one.sum(axis=1)).ravel() for one in (values, values[:, mito]))
+        columns = {"n_counts": total, "n_genes": values.getnnz(axis=1), "mito": of_mito}
         parts.append(pd.DataFrame(columns | {"counts_hash": counts.hashes(values)}))
     if first:
         what = next(what for what in is_fault if what in first)

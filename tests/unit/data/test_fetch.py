@@ -1,6 +1,7 @@
 """How fetched files are checked and recorded, and pickles read; the network's own faults are in tests/faults."""
 
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -176,3 +177,18 @@ def test_anything_else_in_a_pickle_is_named_and_refused(tmp_path, content, found
     (tmp_path / "file.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=f"file\\.pkl .*({found}).*take the file from its own source"):
         read_pickle(tmp_path / "file.pkl")
+
+
+def test_a_large_file_is_hashed_once_for_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(download, "LARGE", 3)
+    path = tmp_path / "large"
+    path.write_text("content")
+    first = download.file_hash(path)
+    assert first == hashlib.sha256(b"content").hexdigest()
+    digest = download._digest
+    monkeypatch.setattr(download, "_digest", lambda *_: pytest.fail("read again"))
+    assert download.file_hash(path) == first
+    monkeypatch.setattr(download, "_digest", digest)
+    path.write_text("other content")
+    assert download.file_hash(path) != first

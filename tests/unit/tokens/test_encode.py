@@ -1,7 +1,9 @@
 """Rank-value encoding: per cell in exact arithmetic, in whole chunks by stable sorts, in memory and from a file."""
 
 import json
+import tempfile
 from fractions import Fraction
+from pathlib import Path
 
 import anndata as ad
 import datasets
@@ -93,6 +95,23 @@ def test_encoding_matches_the_exact_reference_at_any_scale_of_the_cells(case, sc
         ours = encoded(make_cells(np.array(counts) * scale), vocabulary, max_length)
     options = {"max_length": max_length, "specials": specials}
     assert ours == [exact_reference(row, GENES, medians, tokens, **options) for row in counts]
+
+
+@given(case=cases(), layout=st.sampled_from([sparse.csr_matrix, sparse.csc_matrix, np.asarray]), picked=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_backed_file_of_any_layout_has_the_tokens_of_the_exact_reference(case, layout, picked):
+    counts, medians, tokens, max_length, specials = case
+    vocabulary = make_vocabulary(medians, tokens=list(tokens.values()), specials=specials)
+    cells = make_cells(counts)
+    cells.X = layout(np.array(counts, dtype=float))
+    rows = np.arange(len(counts))[::-1] if picked else slice(None)
+    with tempfile.TemporaryDirectory() as folder:
+        cells.write_h5ad(Path(folder) / "cells.h5ad")
+        backed = ad.read_h5ad(Path(folder) / "cells.h5ad", backed="r")
+        ours = encoded(backed[rows] if picked else backed, vocabulary, max_length)
+        backed.file.close()
+    options = {"max_length": max_length, "specials": specials}
+    assert ours == [exact_reference(row, GENES, medians, tokens, **options) for row in np.array(counts)[rows]]
 
 
 @given(
