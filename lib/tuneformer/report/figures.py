@@ -202,10 +202,10 @@ def class_sizes(results: "Results") -> Figure:
     """Draw the test cells of each class, one panel per task; hatched: too few, and left out of a mean over classes."""
     asked = [task for task in results.answer["tasks"] if task["test_cells"]]
     most = max(len(task["test_cells"]) for task in asked)
-    names = [name for task in asked for name in task["test_cells"]]
-    figure, axes = _panels(len(asked), 0.5 + 0.3 * most, names=names, legend=[])
-    for ax, task in zip(axes, asked, strict=True):
-        ax.sharey(ax)  # classes differ from task to task
+    longest = max(len(name) for task in asked for name in task["test_cells"])
+    size = (len(asked) * (3 + 0.085 * longest), 1.6 + 0.3 * most)
+    figure, axes = plt.subplots(1, len(asked), figsize=size, squeeze=False, layout="constrained")
+    for ax, task in zip(axes[0], asked, strict=True):
         cells = pd.Series(task["test_cells"])
         bars = ax.barh(cells.index, cells, color=PALETTE[0])
         for bar, name in zip(bars, cells.index, strict=True):

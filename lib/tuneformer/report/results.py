@@ -65,7 +65,7 @@ class Results:
 
         measure = {"macro_f1": f1_score, "balanced_accuracy": recall_score}[score]
         found = {}
-        names = self.predictions.astype({"task": str, "arm": str, "label": str, "predicted": str})
+        names = self.predictions.astype({"fold": "Int64", **dict.fromkeys(["task", "arm", "label", "predicted"], str)})
         for place, rows in names.groupby(PLACE, dropna=False):
             kept = [name for name in rows["label"].unique() if name not in few[place[0]]]
             found[tuple(map(str, place))] = measure(

@@ -69,7 +69,8 @@ def confidence_curves(predictions: pd.DataFrame, *, title: str) -> Figure:
         shares = predictions.filter(regex="^probability:")
         given = (predictions["label"], shares.to_numpy(), list(shares.columns.str.removeprefix("probability:")))
         bins = scores.reliability_curve(*given)
-        n_runs = len(predictions.filter(["seed", "fold"]).drop_duplicates()) or 1
+        place = [*predictions.columns.intersection(["seed", "fold"])]
+        n_runs = predictions.groupby(place, dropna=False).ngroups if place else 1
         sure = bins["confidence"]
         strays = 1.96 * np.sqrt(sure * (1 - sure) / (bins["cells"] / n_runs))  # binomial, of the cells of one run
         band = {"color": "#e8e8e8", "zorder": 0, "label": "one run, if calibrated (95 %)"}

@@ -99,7 +99,7 @@ def beside(answer: Mapping[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
     known = {name: text for name, text in BESIDE.items() if name in runs and runs[name].notna().any()}
     means = runs.groupby(["task", "arm"])[[*known]].mean()
     order = [(task["task"], arm["arm"]) for task in answer["tasks"] for arm in task["arms"] if arm["n_runs"]]
-    shown = means.loc[order].map(lambda value: MISSING if pd.isna(value) else f"{value:.3f}")
+    shown = means.reindex(order).map(lambda value: MISSING if pd.isna(value) else f"{value:.3f}")
     return shown.rename(columns=known).rename_axis(index=["Task", "Arm"]).reset_index()
 
 
@@ -132,7 +132,7 @@ def lines_of(runs: pd.DataFrame, x: str, hue: str | None) -> pd.DataFrame:
         reader, values = READ_BY.get(name, ("", set()))
         arms[name] = arms[name].where(arms[reader].isin(values)) if reader else arms[name]
     if x in ("cells_per_class", "train_cells"):  # null takes all
-        first = runs.groupby("arm", sort=False).first()
+        first = runs.drop_duplicates("arm").set_index("arm")
         n_classes = first.filter(like="recall:").notna().sum(axis=1) if x == "cells_per_class" else 1
         n_all = (first["n_train"] / n_classes).round()
         arms[x] = arms[x].fillna(n_all.where(arms["train_set"] == "single_cell") if "train_set" in arms else n_all)

@@ -6,6 +6,7 @@ import pytest
 
 from tuneformer import paths
 from tuneformer.artifacts import write_json
+from tuneformer.evaluate.telling import recommendations
 from tuneformer.report.results import Results
 from tuneformer.study import load_study
 
@@ -82,6 +83,7 @@ def answer_of(settings, runs, _predictions):
             one = {"arm": arm, "mean": mean, "low": mean and mean - 0.04, "high": mean and mean + 0.04}
             one |= {"n_runs": len(scores), "n_failed": len(rows) - len(scores)}
             one |= {"is_baseline": arm == "logistic_counts", "is_control": arm == "random_init"}
+            one |= {"is_ceiling": False, "n_constant": 0}
             arms.append(one)
         means = {one["arm"]: one["mean"] for one in arms}
         contrasts = [
@@ -102,6 +104,9 @@ def answer_of(settings, runs, _predictions):
                 "folds": 0,
                 "score": "macro_f1",
                 "margin": 0.03,
+                "why": None,
+                "more_seeds": 12 if verdict == "not decided" else None,
+                "times_cells": None,
             }
             for contrast, reference, arm, verdict in (
                 ("pre-training", "random_init", "full", "higher"),
@@ -114,7 +119,8 @@ def answer_of(settings, runs, _predictions):
         test_cells = {name: CELLS // len(CLASSES[task]) for name in CLASSES[task]}
         arms.sort(key=lambda one: -(one["mean"] or 0))
         tasks.append({"task": task, "folds": 0, "seeds": [0, 1, 2], "test_cells": test_cells})
-        tasks[-1] |= {"arms": arms, "contrasts": contrasts}
+        tasks[-1] |= {"arms": arms, "contrasts": contrasts, "left_out": {}}
+        tasks[-1]["recommendation"] = recommendations(tasks[-1])
     return {
         "study": settings.study,
         "question": settings.question,

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import f1_score
 
 from tuneformer import paths
 from tuneformer.evaluate.scores import confusion
@@ -51,6 +52,7 @@ DRAWN = {
     "by_columns": figures.by_columns,
     "class_recalls": lambda results: figures.class_recalls(results, "drugs"),
     "cost_and_score": figures.cost_and_score,
+    "class_sizes": figures.class_sizes,
 }
 
 
@@ -168,6 +170,53 @@ def test_recalls_are_those_of_the_predictions_with_the_size_of_each_class(result
     assert any("fewer than 10 test cells" in word for word in words)
 
 
+def test_sizes_of_classes_are_written_and_those_left_out_are_hatched(results):
+    results.answer["tasks"][0] |= {"test_cells": {"Untreated": 150, "Dex": 43, "rare": 7}, "left_out": {"rare": 7}}
+    figure = figures.class_sizes(results)
+    assert {"Untreated", " 150 (75%)", " 7 (4%)", " 30 (50%)"} <= set(texts(figure))
+    assert [bar.get_hatch() for bar in figure.axes[0].patches] == [None, None, "///"]
+
+
+def test_a_class_that_is_left_out_is_not_in_the_ticks_either(results):
+    results.answer["tasks"][0]["left_out"] = {"Dex": 7}
+    judged = results.judged
+    rows = results.predictions.query("task == 'drugs' and arm == 'full' and seed == 0")
+    kept = ["Untreated", "Nutlin"]
+    expected = f1_score(rows["label"], rows["predicted"], labels=kept, average="macro")
+    assert results.runs[["task", "arm", "seed"]].iloc[0].tolist() == ["drugs", "full", 0]
+    assert judged["macro_f1"].iloc[0] == pytest.approx(expected)
+    assert judged["macro_f1"].isna().tolist() == results.runs["macro_f1"].isna().tolist()
+
+
+def test_the_ceiling_is_a_dashed_line_and_no_arm(results):
+    for task in results.answer["tasks"]:
+        one = {**task["arms"][0], "arm": "bayes", "mean": 0.91, "is_ceiling": True, "is_baseline": False}
+        task["arms"].insert(0, one)
+    bayes = results.runs[results.runs["arm"] == "full"].assign(arm="bayes", strategy="bayes")
+    results = type(results)(**{**vars(results), "runs": pd.concat([results.runs, bayes], ignore_index=True)})
+    for figure, place in ((figures.arm_scores(results), "get_xdata"), (figures.by_columns(results), "get_ydata")):
+        for ax in figure.axes:
+            (line,) = [line for line in ax.lines if line.get_label() == "ceiling (Bayes)"]
+            assert (line.get_linestyle(), getattr(line, place)()[0]) == ("--", 0.91)
+        words = texts(figure)
+        assert "ceiling (Bayes)" in words
+        assert not {"bayes", "arm bayes"} & set(words)
+    assert "bayes" not in texts(figures.cost_and_score(results))
+    assert tables.arms(results.answer, results.runs)["Arm"][0] == "bayes (ceiling)"
+
+
+def test_all_cells_are_a_point_of_a_learning_curve(results):
+    runs = results.runs[results.runs["arm"].isin(["full", "linear_probe", "random_init", "logistic_counts"])]
+    runs = runs.assign(cells_per_class=runs["arm"].map({"full": 10, "linear_probe": 30}), train_set="single_cell")
+    found = tables.lines_of(runs.assign(n_train=300), "cells_per_class", None)
+    assert found["cells_per_class"].to_dict() == {
+        "full": 10,
+        "linear_probe": 30,
+        "random_init": 100,
+        "logistic_counts": 100,
+    }
+
+
 def test_cost_shows_each_run_that_has_a_score(results):
     figure = figures.cost_and_score(results)
     assert len(figure.axes) == 4
@@ -218,6 +267,8 @@ def test_confidence_curves_show_bins_and_coverage(probabilities):
     shown = next(line for line in left.lines if line.get_marker() == "o")
     assert shown.get_xdata() == pytest.approx([0.8, 0.9])
     assert shown.get_ydata() == pytest.approx([0.0, 1.0])
+    heights = left.collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(0.8 - 1.96 * np.sqrt(0.8 * 0.2 / 8))  # 8 cells, each binomial
     assert right.lines[0].get_ydata()[-1] == pytest.approx(0.8)
 
 
@@ -246,7 +297,7 @@ figures.save(figures.arm_scores(results), results.settings, "scores", results.ru
 
 
 def test_saved_files_are_the_same_bytes_in_another_process_at_another_time(results, tmp_path, monkeypatch):
-    parts = SimpleNamespace(settings=results.settings, runs=results.runs, answer=results.answer)
+    parts = SimpleNamespace(settings=results.settings, runs=results.runs, judged=results.judged, answer=results.answer)
     (tmp_path / "results").write_bytes(pickle.dumps(parts))
     environment = os.environ | {"MPLBACKEND": "agg", "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "700000000"}
     command = [sys.executable, "-c", DRAW, str(tmp_path / "there"), str(tmp_path / "results")]

@@ -43,6 +43,12 @@ def test_only_the_tables_of_the_study_are_written_anew(results):
     assert with_numbers(new, results.answer, results.runs) == new
 
 
+def test_the_recommendation_is_a_line_per_task(results):
+    lines = readme_block(results.answer, results.runs, what="recommendation").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["- `drugs`", "- `doses`"]
+    assert all("Pre-training pays" in line and "Tested on" in line for line in lines)
+
+
 def test_a_readme_without_marks_stays_as_it_is(results):
     assert with_numbers("no marks\n", results.answer, results.runs) == "no marks\n"
 
@@ -66,7 +72,10 @@ def test_claims_that_the_answer_makes_too_are_accepted(published):
         ("<!-- claim: small dogs pre-training higher -->", "there is no such task and contrast"),
         ("<!-- claim: gone drugs pre-training higher -->", "results/gone/answer.json cannot be read"),
         ("+0.01 <!-- claim: small drugs pre-training higher +0.01 -->", "the answer's difference is +"),
-        ("<!-- claim: small drugs pre-training clearly -->", "with a verdict of higher, lower, same, not decided"),
+        (
+            "<!-- claim: small drugs pre-training clearly -->",
+            "with a verdict of higher, lower, same, not decided, withheld",
+        ),
         ("<!-- claim:small drugs pre-training higher -->", "a claim is not written as"),
         ("<!-- claim: small drugs\npre-training higher -->", "a claim is not written as"),
     ],

@@ -65,3 +65,19 @@ def test_folds_are_summed_up_and_seeds_of_a_fold_averaged(results):
 def test_markdown_cannot_be_broken_by_a_name():
     table = tables.markdown(pd.DataFrame({"a": ["x|y"], "b": ["1"]}))
     assert table.splitlines() == ["| a | b |", "| --- | --- |", r"| x\|y | 1 |"]
+
+
+def test_runs_that_never_left_one_class_are_counted_and_withheld_verdicts_say_why(results):
+    results.answer["tasks"][0]["arms"][0]["n_constant"] = 2
+    results.answer["tasks"][0]["contrasts"][0] |= {"verdict": "withheld", "why": "the checkpoint knows 3% of the genes"}
+    assert tables.arms(results.answer, results.runs)["Runs"][0] == "3, 2 of one class"
+    assert tables.contrasts(results.answer)["Verdict"][0] == "withheld: the checkpoint knows 3% of the genes"
+
+
+def test_train_and_validation_scores_stand_beside_those_of_the_test_cells(results):
+    runs = results.runs.assign(train_macro_f1=0.95, validation_macro_f1=0.9, quadratic_weighted_kappa=None)
+    table = tables.beside(results.answer, runs)
+    assert list(table)[2:] == ["Macro-F1 of training cells", "… of validation cells", "… of test cells"]
+    own = runs.query("task == 'drugs' and arm == 'full'")["macro_f1"].mean()
+    row = table.set_index(["Task", "Arm"]).loc[("drugs", "full")]
+    assert row.tolist() == ["0.950", "0.900", f"{own:.3f}"]
