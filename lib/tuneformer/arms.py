@@ -224,11 +224,9 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
             "single cells are in no groups; set steps_of: pseudobulk, or train_set: pseudobulk",
         ),
         "steps_of": (
-            (settings.steps_of == settings.train_set
-            and settings.points == "own")
+            (settings.steps_of == settings.train_set and settings.points == "own")
             or settings.steps_of == settings.points == "single_cell"
-            or (settings.steps_of == "upsampled"
-            and (is_made or settings.sampling == "upsampled")),
+            or (settings.steps_of == "upsampled" and (is_made or settings.sampling == "upsampled")),
             "these are its own steps; single_cell takes pseudobulk or upsampled, pseudobulk takes single_cell here",
         ),
         "points": (
