@@ -247,8 +247,13 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
         ),
         "padded_classes": (settings.pad is not None and not settings.padded_classes, "pad needs the classes to pad"),
         "validation_share": (
-            (settings.validation_share == 0 and (is_made or settings.is_baseline or settings.epoch_rule != "last"))
-            or (settings.validation_share == 0 and bool(settings.folds or settings.group_by)),
+            settings.validation_share == 0
+            and (
+                is_made
+                or settings.is_baseline
+                or settings.epoch_rule != "last"
+                or bool(settings.folds or settings.group_by)
+            ),
             "0 is for strategies on single cells that are split by cell, once, and keep the last epoch; set it above 0",
         ),
         "early_stop": (

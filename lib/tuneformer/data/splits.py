@@ -21,9 +21,9 @@ def assign_split(
     """Split cells into train, validation and test, stratified by class.
 
     Without groups, each class gives ``round(test_share n)`` of its n cells to the test set and
-    ``round(validation_share m)`` of its remaining m to validation, but one at least (none if the share is 0). With groups, groups are set aside
-    whole, in random order, as long as each one brings the classes nearer to their shares; every class is in each part,
-    but the shares are only as close as the groups allow.
+    ``round(validation_share m)`` of its remaining m to validation, but one at least; 0 takes none. With groups,
+    groups are set aside whole, in random order, as long as each one brings the classes nearer to their shares; every
+    class is in each part, but the shares are only as close as the groups allow.
 
     Parameters
     ----------

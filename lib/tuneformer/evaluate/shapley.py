@@ -17,6 +17,7 @@ from tuneformer.evaluate.resampling import Estimate, Scored, score_tasks
 from tuneformer.study import Study, TrainingKeys
 
 FACTORS = ("fewer steps", "fewer points", "averaging", "depth")
+COMBINATIONS = 12  # of the 16, those with averaging where depth is changed
 WHOLE = "together"
 FREE = {"train_set", "k", "aggregation", "depth", "points", "steps_of"}
 """Keys in which arms of the factorial differ; in all others they agree with the arm on single cells."""
@@ -28,7 +29,7 @@ def pseudobulk_factors(settings: Study) -> dict[int, dict[str, frozenset[str]]]:
     """Find the factorial between single cells and sums of k cells among the arms of a study, by k.
 
     A single cell read k times as deeply is not in the data, so depth can change only where k cells are added up: 12 of
-    the 16 combinations can be made. A k that lacks some arm on every way is left out.
+    the 16 combinations can be made. A k without all of them is left out: one way alone would decide who is to blame.
     """
     keys = {arm: settings.with_arm(arm).keys(TrainingKeys) for arm in settings.arms}
     starts = [arm for arm, own in keys.items() if (own["train_set"], own["steps_of"]) == ("single_cell", "own")]
@@ -37,7 +38,7 @@ def pseudobulk_factors(settings: Study) -> dict[int, dict[str, frozenset[str]]]:
         is_alike = starts and all(own[key] == keys[starts[0]][key] for key in own if key not in FREE)
         if is_alike and own["k"] is not None and own["aggregation"] in ("sum", "one_cell"):
             found.setdefault(own["k"], {starts[0]: frozenset()})[arm] = _changed(own)
-    return {k: arms for k, arms in sorted(found.items()) if _orders(arms)}
+    return {k: arms for k, arms in sorted(found.items()) if len(set(arms.values())) == COMBINATIONS}
 
 
 def shapley_shares(

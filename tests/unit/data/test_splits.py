@@ -7,7 +7,7 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from tuneformer.artifacts import UserError
-from tuneformer.data.splits import PARTS, assign_fold, assign_split, split_key
+from tuneformer.data.splits import PARTS, assign_fold, assign_split, draw_cells, split_key
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=60)
 
