@@ -135,6 +135,8 @@ def fit_cells(settings: "Study", tokens: "Tokens", frozen: Path | None = None) -
             who=settings.describe(),
         )
         strategies.merge_adapters(model)  # the test cells are predicted by the model as it is kept
+        if plan.adapters:
+            model.requires_grad_(True)  # what was frozen has changed by merging
         tested = tokens.dataset.select(rows["test"]).remove_columns("input_ids").to_pandas()
         outcome.predictions = predictions_table(tested, classes, predicted("test"))
         outcome.model = model.cpu()

@@ -135,7 +135,8 @@ class _Store:
         whole = self.index.stat().st_size // RECORD.itemsize
         records = np.fromfile(self.index, RECORD, count=whole)[len(self.places) :]
         self.places |= {cell: (start, rows) for cell, start, rows in records.tolist()}
-        self.memory = np.memmap(self.states, np.float32, "r") if self.places else np.empty(0, np.float32)
+        shape = (max((start + rows for start, rows in self.places.values()), default=0), self.width)
+        self.memory = np.memmap(self.states, np.float32, "r", shape=shape) if self.places else None
 
     def repair(self) -> None:
         """Cut off what a killed job began to write; for the owner of the lock."""
@@ -158,8 +159,8 @@ class _Store:
 
     def read(self, cells: np.ndarray) -> torch.Tensor:
         """Return the states of cells, one below the other, (rows, width)."""
-        table, places = self.memory.reshape(-1, self.width), [self.places[cell] for cell in cells]
-        return torch.from_numpy(np.concatenate([table[start : start + rows] for start, rows in places]))
+        places = [self.places[cell] for cell in cells]
+        return torch.from_numpy(np.concatenate([self.memory[start : start + rows] for start, rows in places]))
 
 
 def hashes_of(cells: "Cells") -> np.ndarray:

@@ -109,8 +109,8 @@ def test_a_killed_job_leaves_no_cell_that_seems_done(tmp_path):
 
 
 def test_above_its_size_nothing_is_kept_and_it_is_said(run_settings, tokens, tmp_path, capsys):
-    settings = run_settings(strategy="linear_probe", frozen_cache_gb=1e-6)
+    settings = run_settings(strategy="linear_probe", frozen_cache_gb=1e-7)
     outcome = fit.fit_cells(settings, tokens, tmp_path / "frozen")
     assert outcome.status == "ok"
-    assert "their states would take 0.0 GB, and frozen_cache_gb allows 1e-06" in capsys.readouterr().err
+    assert "their states would take 0.0 GB, and frozen_cache_gb allows 1e-07" in capsys.readouterr().err
     assert sum(path.stat().st_size for path in (tmp_path / "frozen").glob("*/states.bin")) == 0

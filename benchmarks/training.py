@@ -1,0 +1,156 @@
+"""Fine-tuning of V1-10M shapes beside the plain recipe, and a probe with and without its frozen states.
+
+In: ``$TUNEFORMER_DATA/pbmc_facs_raw.h5ad`` and the V1 dictionaries; random weights. Out: cells per second and ratios.
+The two ways take turns, so that other work on the machine slows both alike.
+"""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import torch
+import transformers
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from tuneformer.model import classifier, hardware, strategies, trainer
+from tuneformer.model.classifier import CellClassifier, Cells
+from tuneformer.model.fit import ByLength
+from tuneformer.model.frozen import Frozen
+from tuneformer.study import Study, load_study
+from tuneformer.tokens.encode import encode
+from tuneformer.tokens.vocabulary import Vocabulary
+
+SHAPES = {
+    "V1-10M": {"layers": 6, "width": 256, "heads": 4, "feed_forward": 512, "positions": 2048, "genes": 25_426},
+    "V2-104M": {"layers": 12, "width": 768, "heads": 12, "feed_forward": 3072, "positions": 4096, "genes": 20_275},
+    "tiny": {"layers": 2, "width": 32, "heads": 2, "feed_forward": 64, "positions": 2048, "genes": 25_426},
+}
+BATCH, CLASSES = 12, 5
+
+
+def real_tokens(n_cells: int, positions: int = 2048, longest: int = 1024) -> Any:
+    """Return the tokens of cells evenly spread over the real PBMC that have at most `longest`.
+
+    A step of the plain recipe with 12 cells of 2,048 tokens took 20 GB on a CPU, and was killed.
+    """
+    data = Path(os.environ["TUNEFORMER_DATA"])
+    cells = ad.read_h5ad(data / "pbmc_facs_raw.h5ad")
+    cells = cells[np.linspace(0, cells.n_obs - 1, 2 * n_cells).astype(int)].copy()
+    dataset = encode(cells, Vocabulary.read(data / "geneformer_v1"), max_length=positions)
+    return dataset.select(np.flatnonzero(np.array(dataset["length"]) <= longest)[:n_cells])
+
+
+def config_of(shape: str) -> BertConfig:
+    """Return the configuration of a Geneformer with five classes."""
+    size = SHAPES[shape]
+    return BertConfig(
+        vocab_size=size["genes"],
+        hidden_size=size["width"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        intermediate_size=size["feed_forward"],
+        max_position_embeddings=size["positions"],
+        hidden_act="relu",
+        hidden_dropout_prob=0.02,
+        attention_probs_dropout_prob=0.02,
+        num_labels=CLASSES,
+        pad_token_id=0,
+    )
+
+
+def plain(shape: str, cells: Cells, steps: int, *, cpu: bool) -> float:
+    """Train by the studies' recipe: the Trainer of transformers, fp32, its own attention; return seconds."""
+    transformers.set_seed(0)
+    model = BertForSequenceClassification(config_of(shape))
+    for layer in model.bert.encoder.layer[:2]:
+        layer.requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=5e-5, weight_decay=0.001,
+            save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=cpu,
+            remove_unused_columns=False, dataloader_pin_memory=not cpu,
+        )  # fmt: skip
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        own = _InOrder(model, arguments, data_collator=lambda batch: batch, train_dataset=cells)
+        start = time.perf_counter()
+        own.train()
+        return _seconds_since(start, cpu=cpu)
+
+
+class _InOrder(Trainer):
+    """The Trainer, with the cells in our order: batches of similar length, as the studies have them."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
+        return order(self.train_dataset)
+
+
+def order(cells: Cells) -> ByLength:
+    """Return the order in which both ways see the cells."""
+    return ByLength(cells.lengths, BATCH, torch.Generator().manual_seed(0))
+
+
+def ours(shape: str, cells: Cells, steps: int, settings: Study, below: Frozen | None = None) -> tuple[float, Any]:
+    """Train as `fit.fit_cells` does, without validation; return seconds, and the log."""
+    transformers.set_seed(0)
+    config = config_of(shape)
+    config.update({"pooling": "first", "attention_probs_dropout_prob": 0.0})
+    config._attn_implementation = "auto"
+    model, log = CellClassifier(config), trainer.Training()
+    plan = strategies.prepare(settings, model)
+
+    def loss(model: CellClassifier, batch: classifier.Batch) -> torch.Tensor:
+        labels = batch.pop("labels")
+        batch = below.inputs(model, cells, batch) if below else batch
+        return torch.nn.functional.cross_entropy(model(**batch).logits, labels)
+
+    start = time.perf_counter()
+    trainer.train(
+        settings, model, cells, log, plan=plan, loss=loss, validate=dict, steps=steps, validate_at={steps},
+        sampler=order(cells),
+    )  # fmt: skip
+    return _seconds_since(start, cpu=settings.device == "cpu"), log
+
+
+def _seconds_since(start: float, *, cpu: bool) -> float:
+    if not cpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(shape: str = "V1-10M", n_cells: int = 96, rounds: int = 2, epochs: int = 100) -> dict[str, float]:
+    """Return cells per second of both ways and their ratio; and that of a probe's `epochs` with and without states.
+
+    The probe without states is measured for one epoch, as all its epochs cost the same.
+    """
+    settings = load_study("tiny").model_copy(
+        update={"strategy": "selective", "freeze_layers": 2, "batch_size": BATCH, "device": "cpu", "threads": None}
+    )
+    hardware.prepare(settings)
+    dataset, labels = real_tokens(n_cells), np.arange(n_cells) % CLASSES
+    padded, packed = (Cells(dataset, 0, labels=labels, packed=is_packed) for is_packed in (False, True))
+    steps, seconds = n_cells // BATCH, {"plain": 0.0, "ours": 0.0}
+    for _ in range(rounds):
+        seconds["plain"] += plain(shape, padded, max(1, steps // 4), cpu=True) * steps / max(1, steps // 4)
+        seconds["ours"] += ours(shape, packed, steps, settings)[0]
+    speed = {name: rounds * n_cells / value for name, value in seconds.items()}
+    probe = settings.model_copy(update={"strategy": "linear_probe"})
+    whole, _ = ours(shape, packed, steps, probe)
+    with tempfile.TemporaryDirectory() as folder:
+        below = Frozen(Path(folder), 1e9, bf16=hardware.uses_bf16(torch.device("cpu"), "auto"))
+        kept, _ = ours(shape, packed, steps * epochs, probe, below)
+    return {
+        "plain_cells_per_second": speed["plain"],
+        "ours_cells_per_second": speed["ours"],
+        "ratio": speed["ours"] / speed["plain"],
+        "probe_epochs": epochs,
+        "probe_ratio": whole * epochs / kept,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=1))
