@@ -72,7 +72,7 @@ def test_what_the_code_imports_is_pinned():
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 modules.add(node.module.split(".")[0])
-    ours = {"tuneformer", *(file.stem for file in (paths.ROOT / "tests").glob("*.py"))}
+    ours = {"tuneformer", *(file.stem for part in ("tests", "benchmarks") for file in (paths.ROOT / part).glob("*.py"))}
     others = modules - set(sys.stdlib_module_names) - ours
     assert {"torch", "anndata"} <= others
     assert {DISTRIBUTION.get(name, plain(name)) for name in others} <= direct
