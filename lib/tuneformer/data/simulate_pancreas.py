@@ -32,8 +32,8 @@ from tuneformer.data import simulate
 
 FIRST_TYPE = 1000  # numbers of types and lineages here; the corpus uses 0, 1, 2, ... and never gets so far
 LEAST_CELLS = 7  # of a type
-LINEAGE_SCALE = 0.8  # of the activities of a lineage, relative to a cell type of the corpus
-TYPE_SCALE = 0.5  # and of what a type adds to its lineage
+LINEAGE_SCALE = 1.0  # of the activities of a lineage, relative to a cell type of the corpus
+TYPE_SCALE = 0.4  # and of what a type adds to its lineage
 GENE_SD = 0.6  # of the natural log of the factor by which a technology multiplies a gene
 SHARED_GENES = 0.3  # share of the genes that share reads with others
 KEPT_READS = (0.5, 1.0)  # share of its reads that such a gene keeps
@@ -92,7 +92,7 @@ def simulate_pancreas(n_cells: int, *, seed: int) -> ad.AnnData:
 
     Returns
     -------
-    AnnData (`n_cells`, 2,000): counts in ``X`` (CSR, float32), with two decimals in full-length technologies; ``var``
+    AnnData (`n_cells`, 900): counts in ``X`` (CSR, float32), with two decimals in full-length technologies; ``var``
     ensembl_id, symbol; ``obs`` celltype, tech.
 
     Raises

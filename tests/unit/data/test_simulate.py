@@ -3,9 +3,16 @@
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from tuneformer.data import simulate
-from tuneformer.data.simulate import INSENSITIVE, SENSITIVE, simulate_gene_classes
+from tuneformer import paths
+from tuneformer.artifacts import UserError, read_json
+from tuneformer.data import gene_lists, simulate, simulate_truth
+from tuneformer.data.gene_lists import INSENSITIVE, SENSITIVE, simulate_gene_classes
+from tuneformer.study import load_study
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +54,76 @@ def test_same_seed_same_cells_and_another_seed_other_cells(cells):
 
 def test_the_cells_are_those_of_the_recorded_results():
     """Totals, as of 2026-11; other draws would differ by about 3 %, and rounding of another processor by far less."""
-    assert simulate.simulate_sciplex2(300, seed=0).X.sum() == pytest.approx(1_014_818, rel=1e-3)
-    assert simulate.simulate_sciplex2(300, seed=1).X.sum() == pytest.approx(1_067_937, rel=1e-3)
-    assert simulate.simulate_corpus(300, n_types=10, seed=0).X.sum() == pytest.approx(966_478, rel=1e-3)
+    assert simulate.simulate_sciplex2(300, seed=0).X.sum() == pytest.approx(567_268, rel=1e-3)
+    assert simulate.simulate_sciplex2(300, seed=1).X.sum() == pytest.approx(612_606, rel=1e-3)
+    assert simulate.simulate_corpus(300, n_types=10, seed=0).X.sum() == pytest.approx(552_910, rel=1e-3)
+
+
+@pytest.fixture(scope="module", params=["additive", "interacting"])
+def task(request):
+    """A task of the demo study on cells of demo_seed 99, on which the constants of the simulator were fixed."""
+    settings = load_study("demo", task=request.param, demo_seed=99)
+    cells = simulate.simulate_sciplex2(12_000, seed=99, mechanism=request.param)
+    total = cells.X.sum(axis=1).A1
+    kept = cells.obs["treatment"].notna() & cells.obs["dose"].astype(str).isin(settings.select_values)
+    cells = cells[kept & (total >= settings.min_counts) & (total <= settings.max_counts)].copy()
+    return settings, cells, cells.obs["treatment"].astype(str).to_numpy()
+
+
+def test_the_model_reads_most_of_a_cell_and_the_pool_is_large(task):
+    settings, cells, _ = task
+    positions = read_json(paths.ASSETS / "demo_checkpoint" / "config.json")["max_position_embeddings"]
+    assert np.median(np.minimum(1, positions / cells.X.getnnz(axis=1))) >= 0.6
+    assert settings.test_share * cells.n_obs >= 2_000
+    assert (1 - settings.test_share) * (1 - settings.validation_share) * cells.n_obs >= 10 * settings.train_cells
+
+
+def test_the_ceiling_is_calibrated_and_a_linear_model_comes_near_it_for_additive_effects_only(task):
+    settings, cells, labels = task
+    classes = settings.classes
+    found = simulate_truth.class_probabilities(settings, cells.obs_names.tolist(), classes)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-9)
+    chosen = np.array(classes)[found.argmax(axis=1)]
+    assert 0.8 < f1_score(labels, chosen, average="macro") < 0.9
+    for place, name in enumerate(classes):  # 0.03: four standard errors of a class share, wells with their own effects
+        for low, high in ((0.1, 0.5), (0.5, 0.9), (0.9, 1.0)):
+            at = (found[:, place] > low) & (found[:, place] <= high)
+            error = 4 * np.sqrt((found[at, place] * (1 - found[at, place])).sum()) / at.sum()
+            assert (labels[at] == name).mean() == pytest.approx(found[at, place].mean(), abs=error + 0.03)
+    counts = cells.X.toarray()
+    values = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
+    linear = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3)).fit(values[:3000], labels[:3000])
+    score = f1_score(labels[3000:], linear.predict(values[3000:]), average="macro")  # ten times the demo's cells
+    assert score > 0.6 if settings.task == "additive" else score < 0.4
+
+
+def test_interacting_effects_move_no_mean_and_additive_ones_do():
+    drug = next(place for place, one in enumerate(simulate.DRUGS) if one.name == "Dex")
+    along = simulate.drug_effects()[drug]
+    shift = {}
+    for mechanism in ("additive", "interacting"):
+        latent = simulate.draw_latent(20_000, seed=99, mechanism=mechanism)
+        treated = ((latent.wells["drug_index"] == drug) & (latent.wells["dose"] == 100)).to_numpy()[latent.well_of]
+        untreated = (latent.wells["dose"] == 0).to_numpy()[latent.well_of]
+        activity = latent.activity @ along / np.linalg.norm(along)
+        shift[mechanism] = activity[treated].mean() - activity[untreated].mean()
+    assert shift["additive"] == pytest.approx(np.linalg.norm(along), rel=0.15)
+    assert abs(shift["interacting"]) < 0.15 * np.linalg.norm(
+        along
+    )  # six wells, sd 0.1 each: 0.04; some 600 cells: 0.07
+
+
+def test_the_ceiling_knows_simulated_single_cells_only():
+    settings = load_study("demo", task="additive", demo_cells=100)
+    with pytest.raises(UserError, match="leave made train sets out"):
+        simulate_truth.class_probabilities(settings, ["point0"], settings.classes)
+    pancreas = load_study("demo_pancreas")
+    with pytest.raises(UserError, match="dataset is demo_pancreas; leave the arm out"):
+        simulate_truth.class_probabilities(pancreas, ["pancreas0"], ["alpha"])
 
 
 def test_layout_is_that_of_the_experiment():
-    wells = simulate._make_wells()
+    wells = simulate.make_wells()
     assert len(wells) == wells["well"].nunique() == 192
     assert (wells.groupby(["drug", "dose"]).size() == 6).all()
     assert set(wells.loc[wells["well"].str[2:].isin(["01", "04", "07", "10"]), "replicate"]) == {1}
@@ -129,7 +199,7 @@ def test_gene_classes_are_the_same_for_a_seed_and_differ_between_seeds(null):
     assert first.equals(again)
     assert not first.equals(other)
     assert first.index.is_unique
-    assert len(first) == 490
+    assert len(first) == gene_lists.N_LISTED
     assert set(first) == {SENSITIVE, INSENSITIVE}
 
 
@@ -148,8 +218,8 @@ def test_a_quarter_of_the_programs_are_sensitive_and_so_are_nearly_all_their_gen
     inside = shares > 0.5
     assert (abs(shares - 0.5) < 0.15).mean() < 0.01  # two kinds of programs, hardly one between
     assert inside.mean() == pytest.approx(0.25, abs=0.03)
-    assert shares[inside].mean() == pytest.approx(simulate.INSIDE, abs=0.015)
-    assert shares[~inside].mean() == pytest.approx(simulate.OUTSIDE, abs=0.01)
+    assert shares[inside].mean() == pytest.approx(gene_lists.INSIDE, abs=0.015)
+    assert shares[~inside].mean() == pytest.approx(gene_lists.OUTSIDE, abs=0.01)
 
 
 def test_null_classes_have_nothing_to_do_with_programs():
@@ -173,7 +243,9 @@ def test_base_expression_and_number_of_programs_do_not_tell_the_class(what):
 def test_sensitive_programs_are_as_active_in_the_demo_cells_as_the_others():
     rng = np.random.default_rng(0)
     activity = simulate.cell_type_activity(simulate.CELL_LINE)
-    drawn = np.array([activity[simulate._sensitive_programs(rng)].mean() for _ in range(400)])
-    free = np.array([activity[rng.choice(60, 15, replace=False)].mean() for _ in range(400)])
+    drawn = np.array([activity[gene_lists._sensitive_programs(rng)].mean() for _ in range(400)])
+    free = np.array(
+        [activity[rng.choice(simulate.N_PROGRAMS, simulate.N_PROGRAMS // 4, replace=False)].mean() for _ in range(400)]
+    )
     assert drawn.mean() == pytest.approx(activity.mean(), abs=4 * drawn.std() / 20)
     assert drawn.std() < 0.8 * free.std()
