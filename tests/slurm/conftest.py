@@ -112,11 +112,16 @@ class Cluster:
         return ended.stdout
 
     def daemon(self, *command):
-        """Start a daemon in the foreground; what it says goes to the file of its name."""
+        """Start a daemon in the foreground, which ends with this process; what it says goes to the file of its name."""
         with (self.folder / f"{Path(command[0]).name}.out").open("w") as out:
             self.started.append(
                 subprocess.Popen(
-                    command, env=self.environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=self.folder
+                    ("setpriv", "--pdeathsig", "TERM", *command),
+                    env=self.environment,
+                    stdout=out,
+                    stderr=out,
+                    stdin=subprocess.DEVNULL,
+                    cwd=self.folder,
                 )
             )
 
