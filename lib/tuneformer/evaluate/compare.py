@@ -208,8 +208,11 @@ def answer(
     ``study``, ``question``, ``simulated``, ``kind``, ``score``, ``margin``, ``alpha``, ``rule`` (one sentence),
     ``n_contrasts`` (of all tasks) and ``tasks``: for each ``task``, ``folds``, ``seeds``, ``test_cells`` (by class),
     ``left_out`` (classes that are not in the judged score), ``arms`` (best first: `arm_scores`, n_runs, n_failed,
-    n_constant, is_baseline, is_control, is_ceiling), ``contrasts`` (`judge`) and ``recommendation`` (sentences).
+    n_constant, is_baseline, is_control, is_ceiling), ``contrasts`` (`judge`) and ``recommendation`` (sentences). A
+    study with the factorial of pseudo-bulk has ``falls`` too (`shapley.shapley_shares`, with the ``k`` of each).
     """
+    from tuneformer.evaluate import shapley
+
     is_ok, is_compression = runs["status"] == "ok", settings.kind == "compression"
     if declared is None:
         first, *variants = runs["arm"].unique()
@@ -225,6 +228,11 @@ def answer(
     runs = runs.assign(is_ceiling=runs["strategy"] == CEILING, n_constant=_constant(runs, predictions))
     flags = dict.fromkeys(["n_runs", "n_failed", "n_constant"], "sum")
     flags |= dict.fromkeys(["is_baseline", "is_control", "is_ceiling"], "any")
+    falls = [
+        shapley.shapley_shares(scored, arms, score=settings.score).assign(k=k)
+        for k, arms in shapley.pseudobulk_factors(settings).items()
+        if settings.kind == "cells"
+    ]
     tasks = []
     for task, found in scored.items():
         of_task = runs[runs["task"] == task]
@@ -236,6 +244,9 @@ def answer(
         head |= {"test_cells": {name: int(n) for name, n in found.cells.items()}, "left_out": found.left_out}
         tasks.append({**head, "arms": plain(arms), "contrasts": plain(contrasts_of_task)})
         tasks[-1]["recommendation"] = recommendations(tasks[-1])
+        if falls:
+            fall = pd.concat(falls, ignore_index=True)
+            tasks[-1]["falls"] = plain(fall[fall["task"] == task].drop(columns="task"))
     head = {name: getattr(settings, name) for name in ("study", "question", "simulated", "kind", "score", "margin")}
     rule = rule_of(
         settings, int(judged["why"].isna().sum()), has_folds="n_train" in options, n_seeds=runs["seed"].nunique()
