@@ -129,7 +129,9 @@ class TrainSetKeys(CellsKeys):
 class TokensKeys(TrainSetKeys):
     """Tokens (02_tokenize)."""
 
-    checkpoint: str = _key("demo", "demo (simulated) | mini (real cells) | Geneformer-V1-10M, -V2-104M, -V2-316M | a local folder")
+    checkpoint: str = _key(
+        "demo", "demo (simulated) | mini (real cells) | Geneformer-V1-10M, -V2-104M, -V2-316M | a local folder"
+    )
     vocabulary: Literal["checkpoint", "fit"] = _key("checkpoint", "checkpoint | fit (medians from the training cells)")
     max_length: Count | None = _key(None, "tokens per cell, special ones included; null = the checkpoint's positions")
 

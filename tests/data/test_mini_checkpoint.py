@@ -79,5 +79,5 @@ def test_a_study_on_real_cells_has_cells_that_the_checkpoint_knows(study, tmp_pa
 
 def test_without_the_folder_a_study_says_what_to_set(monkeypatch):
     monkeypatch.delenv("TUNEFORMER_DATA")
-    with pytest.raises(ValueError, match="path: .*pc9_erlotinib_d11.h5ad needs the variable TUNEFORMER_DATA"):
+    with pytest.raises(ValueError, match=r"path: .*pc9_erlotinib_d11\.h5ad needs the variable TUNEFORMER_DATA"):
         qc.prepare_cells(load_study("real_pc9_erlotinib"))

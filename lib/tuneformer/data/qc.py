@@ -170,7 +170,9 @@ def keep_genes(adata: ad.AnnData, settings: Study) -> ad.AnnData:
         return adata
     kept = adata.var["symbol"].astype(str).str.match(settings.only_genes).to_numpy()
     if not kept.any():
-        msg = f"only_genes: no gene symbol matches {settings.only_genes!r} (symbols like {adata.var['symbol'].iloc[0]})."
+        msg = (
+            f"only_genes: no gene symbol matches {settings.only_genes!r} (symbols like {adata.var['symbol'].iloc[0]})."
+        )
         raise UserError(msg)
     return adata[:, kept].copy()
 
