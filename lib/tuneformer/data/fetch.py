@@ -110,7 +110,7 @@ def checkpoint_files(name: str) -> list[RemoteFile]:
 
 
 def checkpoint_path(name: str) -> Path:
-    """Return where a checkpoint is, or will be: one of `SHIPPED` in the package, a published one among the downloads."""
+    """Return where a checkpoint is, or will be: in the package if `SHIPPED`, among the downloads if published."""
     if name in PUBLISHED:
         return paths.DOWNLOADS / name
     return paths.ASSETS / f"{name}_checkpoint" if name in SHIPPED else paths.user_path(name)

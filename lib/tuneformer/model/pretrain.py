@@ -1,7 +1,8 @@
 """Pre-training of the checkpoints that the package ships: a small Geneformer learns masked tokens.
 
-In: the pre-training keys of a study, which name real cells or simulate some. Out: a checkpoint folder (config.json, model.safetensors, vocabulary.parquet) with
-``pretraining.json`` beside the weights: the command, parameters, references and loss curve that made it.
+In: the pre-training keys of a study, which name files of real cells or simulate some. Out: a checkpoint folder
+(config.json, model.safetensors, vocabulary.parquet) with ``pretraining.json`` beside the weights: the command,
+parameters, references and loss curve that made it.
 """
 
 import platform
@@ -90,8 +91,8 @@ def make_corpus(settings: Study) -> Corpus:
 def real_vocabulary(train: ad.AnnData, dictionaries: str | None) -> Vocabulary:
     """Return the genes that at least `MIN_CELLS` training cells detect, with tokens of their own.
 
-    The medians are those of Geneformer's `dictionaries` where these know the gene, else those of the cells. Gene symbols
-    become aliases, so that data with symbols only are served too; of the corpus where the dictionaries have none.
+    The medians are those of Geneformer's `dictionaries` where these know the gene, else those of the cells. The symbols
+    of the dictionaries and of the corpus become aliases, so that data with symbols only are served too.
     """
     detected = np.bincount(train.X.indices, minlength=train.n_vars) >= MIN_CELLS
     fitted = Vocabulary.fit(ad.AnnData(train.X[:, detected], obs=train.obs, var=train.var[detected]))
