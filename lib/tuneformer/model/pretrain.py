@@ -35,7 +35,7 @@ from tuneformer.tokens.encode import encode
 from tuneformer.tokens.vocabulary import Vocabulary
 
 HELD_OUT = 1000  # cells, at most, of the tenth of the corpus that is never trained on, which measure the loss
-MIN_CELLS = 20  # training cells of a real corpus that detect a gene of its vocabulary
+MIN_CELLS = 20  # training cells that detect a gene of the vocabulary of a real corpus
 KEPT, RANDOM = 0.1, 0.1  # shares of the chosen tokens that stay as they are, or become any gene (Devlin et al. 2019)
 EVALUATIONS = 30  # points of the loss curve ...
 FIRST_STEPS = 10  # ... after the first steps, each of which is a point, so that a test can re-create them
