@@ -47,7 +47,7 @@ class Study(AskedKeys, TrainingKeys, GenesKeys, CompressionKeys, PretrainingKeys
     @property
     def simulated(self) -> bool:
         """Whether the cells are simulated, which every document that shows their numbers has to say."""
-        return self.dataset in ("demo", "demo_pancreas")
+        return self.dataset in ("demo", "demo_pancreas") and not self.pretrain_files
 
     @property
     def is_baseline(self) -> bool:

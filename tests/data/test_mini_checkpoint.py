@@ -1,4 +1,4 @@
-"""The checkpoint mini and its real cells: no evaluation cell is among them, and every study on real cells can start."""
+"""The checkpoint mini and its corpus of real cells: no evaluation cell in it, and every real study can start."""
 
 import os
 from pathlib import Path

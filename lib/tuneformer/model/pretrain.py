@@ -1,8 +1,8 @@
 """Pre-training of the checkpoints that the package ships: a small Geneformer learns masked tokens.
 
-In: the pre-training keys of a study, which name real cells or simulate some. Out: a checkpoint folder (config.json,
-model.safetensors, vocabulary.parquet) with ``pretraining.json`` beside the weights: the command, parameters, references
-and loss curve that made it.
+In: the pre-training keys of a study, which name files of real cells or simulate some. Out: a checkpoint folder
+(config.json, model.safetensors, vocabulary.parquet) with ``pretraining.json`` beside the weights: the command,
+parameters, references and loss curve that made it.
 """
 
 import platform
@@ -35,7 +35,7 @@ from tuneformer.tokens.encode import encode
 from tuneformer.tokens.vocabulary import Vocabulary
 
 HELD_OUT = 1000  # cells, at most, of the tenth of the corpus that is never trained on, which measure the loss
-MIN_CELLS = 20  # training cells of a real corpus that detect a gene of its vocabulary
+MIN_CELLS = 20  # training cells that detect a gene of the vocabulary of a real corpus
 KEPT, RANDOM = 0.1, 0.1  # shares of the chosen tokens that stay as they are, or become any gene (Devlin et al. 2019)
 EVALUATIONS = 30  # points of the loss curve ...
 FIRST_STEPS = 10  # ... after the first steps, each of which is a point, so that a test can re-create them
@@ -91,8 +91,8 @@ def make_corpus(settings: Study) -> Corpus:
 def real_vocabulary(train: ad.AnnData, dictionaries: str | None) -> Vocabulary:
     """Return the genes that at least `MIN_CELLS` training cells detect, with tokens of their own.
 
-    The medians are those of Geneformer's `dictionaries` where these know the gene, else those of the cells. Symbols
-    become aliases, so that data with symbols only are served too; those of the corpus where dictionaries have none.
+    The medians are those of Geneformer's `dictionaries` where these know the gene, else those of the cells. The symbols
+    of the dictionaries and of the corpus become aliases, so that data with symbols only are served too.
     """
     detected = np.bincount(train.X.indices, minlength=train.n_vars) >= MIN_CELLS
     fitted = Vocabulary.fit(ad.AnnData(train.X[:, detected], obs=train.obs, var=train.var[detected]))

@@ -1,4 +1,4 @@
-"""Corpora of many files: joined by gene, poor cells dropped, the held-out cells the same whatever lies beside them."""
+"""Corpora of many files: joined by gene, poor cells dropped, held-out cells the same whatever lies beside them."""
 
 import anndata as ad
 import numpy as np

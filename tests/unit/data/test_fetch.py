@@ -131,7 +131,7 @@ def test_offline_names_the_file_of_a_checkpoint(folder):
 
 def test_the_key_of_a_checkpoint_follows_its_weights_and_that_of_a_published_one_is_pinned(tmp_path, folder):
     with pytest.raises(
-        UserError, match=r"^checkpoint: .*config\.json does not exist; set checkpoint to demo, to one of"
+        UserError, match=r"^checkpoint: .*config\.json does not exist; set checkpoint to one of demo, mini"
     ):
         download.checkpoint_key(str(tmp_path))
     keys = {download.checkpoint_key(name) for name in ("demo", *download.PUBLISHED)}
