@@ -31,7 +31,7 @@ def profile(tmp_path):
 
 
 @pytest.fixture
-def held(quick_repository, cluster):
+def held(cluster, quick_repository):  # whose batch ends before the cluster does
     """A repository on the cluster, whose batch stays in the second seed of one of its jobs."""
     quick_repository.environment = {"SLURM_CONF": cluster.environment["SLURM_CONF"], "STUDY": "tiny"}
     hold(quick_repository).touch()
