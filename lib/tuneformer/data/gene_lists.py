@@ -22,7 +22,9 @@ MARKS = ("yes", "true", "1", "1.0", "x")  # what a column of a class holds for i
 FORMS = f"columns {GENE} and {CLASS}, or {GENE} and a column for each class with Yes for its genes"
 
 SENSITIVE, INSENSITIVE = "dosage_sensitive", "dosage_insensitive"
-N_LISTED = 320  # genes with a class, a quarter of them sensitive, as of the factors listed by Ni et al. 2019 (122 and 368)
+N_LISTED = (
+    320  # genes with a class, a quarter of them sensitive, as of the factors listed by Ni et al. 2019 (122 and 368)
+)
 LEAST_BASE = -0.5  # log base expression of a listed gene; rarer genes are in few cells
 NEIGHBOURS = 4  # programs of which one is sensitive
 INSIDE, OUTSIDE = 0.92, 0.03  # probability that a gene is sensitive, in a sensitive program and elsewhere

@@ -1,7 +1,8 @@
 r"""Simulated cells and bulk samples: what the demo studies and the demo checkpoint are made of.
 
-In: a size and a seed. Out: AnnData with raw counts and labels; a table of bulk samples. Nothing here is biology: gene identifiers start with SIMG, and every document that shows a number made from these cells says
-"simulated". The genes are as few as in a panel, so that the demo checkpoint reads most of those that a cell detects.
+In: a size and a seed. Out: AnnData with raw counts and labels; a table of bulk samples. Nothing here is biology: gene
+identifiers start with SIMG, and every document that shows a number made from these cells says "simulated". The genes
+are as few as in a panel, so that the demo checkpoint reads most of those that a cell detects.
 
 Model
 -----

@@ -56,7 +56,7 @@ def class_probabilities(settings: Study, names: list[str], classes: list[str]) -
 
 
 def well_densities(settings: Study, names: list[str]) -> np.ndarray:
-    """Return log p(cell, well) up to a constant of each cell, (cells, wells); names that no cell has are a UserError."""
+    """Return log p(cell, well), up to a constant of each cell, (cells, wells); unknown names are a UserError."""
     positions = {f"cell{number}": number for number in range(settings.demo_cells)}
     if not set(names) <= positions.keys():
         msg = "strategy: bayes knows single demo cells only; leave made train sets out of its arm."

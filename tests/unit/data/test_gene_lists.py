@@ -8,8 +8,7 @@ import pytest
 
 from tuneformer.artifacts import UserError
 from tuneformer.data import gene_lists
-from tuneformer.data.gene_lists import from_csv, from_pickle, read_gene_classes
-from tuneformer.data.gene_lists import INSENSITIVE, SENSITIVE
+from tuneformer.data.gene_lists import INSENSITIVE, SENSITIVE, from_csv, from_pickle, read_gene_classes
 from tuneformer.study import load_study
 
 MARKED = """ensembl_id,gene_name,dosage_insensitive,dosage_sensitive

@@ -108,7 +108,9 @@ def test_interacting_effects_move_no_mean_and_additive_ones_do():
         activity = latent.activity @ along / np.linalg.norm(along)
         shift[mechanism] = activity[treated].mean() - activity[untreated].mean()
     assert shift["additive"] == pytest.approx(np.linalg.norm(along), rel=0.15)
-    assert abs(shift["interacting"]) < 0.15 * np.linalg.norm(along)  # six wells, sd 0.1 each: 0.04; some 600 cells: 0.07
+    assert abs(shift["interacting"]) < 0.15 * np.linalg.norm(
+        along
+    )  # six wells, sd 0.1 each: 0.04; some 600 cells: 0.07
 
 
 def test_the_ceiling_knows_simulated_single_cells_only():
@@ -242,6 +244,8 @@ def test_sensitive_programs_are_as_active_in_the_demo_cells_as_the_others():
     rng = np.random.default_rng(0)
     activity = simulate.cell_type_activity(simulate.CELL_LINE)
     drawn = np.array([activity[gene_lists._sensitive_programs(rng)].mean() for _ in range(400)])
-    free = np.array([activity[rng.choice(simulate.N_PROGRAMS, simulate.N_PROGRAMS // 4, replace=False)].mean() for _ in range(400)])
+    free = np.array(
+        [activity[rng.choice(simulate.N_PROGRAMS, simulate.N_PROGRAMS // 4, replace=False)].mean() for _ in range(400)]
+    )
     assert drawn.mean() == pytest.approx(activity.mean(), abs=4 * drawn.std() / 20)
     assert drawn.std() < 0.8 * free.std()
