@@ -13,7 +13,7 @@ import os
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 RECORD = np.dtype([("cell", "S16"), ("start", "<i8"), ("rows", "<i8")])
 
 
-def depth_of(model: torch.nn.Module) -> int:
+def body_of(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """Return the weights of each part of the body, from the embeddings up."""
+    return [list(part.parameters()) for part in (model.bert.embeddings, *model.bert.encoder.layer)]
+
+
+def depth_of(body: list[list[torch.nn.Parameter]]) -> int:
     """Return how many parts of the body, from the embeddings up, do not learn now: at most 1 + layers."""
-    learning = {strategies.part_of(name) for name, weight in model.named_parameters() if weight.requires_grad}
-    body = ["embeddings", *(f"layer_{number}" for number in range(model.config.num_hidden_layers))]
-    return next((depth for depth, part in enumerate(body) if part in learning), len(body))
+    learn = (any(weight.requires_grad for weight in part) for part in body)
+    return next((depth for depth, learns in enumerate(learn) if learns), len(body))
 
 
 class Frozen:
@@ -47,32 +51,37 @@ class Frozen:
 
     def __init__(self, folder: Path | None, most: float, *, bf16: bool) -> None:
         self.folder, self.most, self.bf16 = folder, most if folder else 0, bf16
-        self.filled: dict[tuple[int, int], _Store | None] = {}
+        self.filled: dict[tuple[int, int], _Rows | None] = {}  # by cells and depth
         self.hashes: dict[int, np.ndarray] = {}
+        self.stores: dict[int, _Store] = {}
+        self.body: list[list[torch.nn.Parameter]] = []  # of the one model; weights stay what they are in a training
 
     def inputs(self, model: "CellClassifier", cells: "Cells", batch: "Batch") -> "Batch":
         """Return a batch of packed cells with the states that are known of it instead of its tokens."""
-        depth = depth_of(model)
+        self.body = self.body or body_of(model)
+        depth = depth_of(self.body)
         if depth < 2 or "places" not in batch:  # the embeddings alone cost nothing
             return batch
         if (id(cells), depth) not in self.filled:
             self.filled[id(cells), depth] = self._filled(model, cells, depth)
-        store = self.filled[id(cells), depth]
-        if store is None:
+        rows = self.filled[id(cells), depth]
+        if rows is None:
             return batch
-        found = store.read(self.hashes[id(cells)][batch["places"]])
+        found = rows.read(batch["places"])
         states = found if depth > model.config.num_hidden_layers else found[None]
         device = batch["bounds"].device
         return {**batch, "input_ids": None, "states": states.to(device, non_blocking=True), "depth": depth}
 
-    def _filled(self, model: "CellClassifier", cells: "Cells", depth: int) -> "_Store | None":
-        """Return the store that has the states of all of some cells; None if they do not fit."""
+    def _filled(self, model: "CellClassifier", cells: "Cells", depth: int) -> "_Rows | None":
+        """Return where the states of all of some cells are; None if they do not fit."""
         if not self.most:
             return None
         if id(cells) not in self.hashes:
             self.hashes[id(cells)] = hashes_of(cells)
-        store = self._store(model, depth)
-        return store if self._fill(store, model, cells, depth) else None
+        if depth not in self.stores:
+            self.stores[depth] = self._store(model, depth)
+        store = self.stores[depth]
+        return store.rows_of(self.hashes[id(cells)]) if self._fill(store, model, cells, depth) else None
 
     def _store(self, model: "CellClassifier", depth: int) -> "_Store":
         digest = hashlib.sha256()
@@ -157,10 +166,23 @@ class _Store:
                 os.fsync(file.fileno())
         self.refresh()
 
-    def read(self, cells: np.ndarray) -> torch.Tensor:
-        """Return the states of cells, one below the other, (rows, width)."""
-        places = [self.places[cell] for cell in cells]
-        return torch.from_numpy(np.concatenate([self.memory[start : start + rows] for start, rows in places]))
+    def rows_of(self, cells: np.ndarray) -> "_Rows":
+        """Return where the states of cells are."""
+        return _Rows(self.memory, *np.array([self.places[cell] for cell in cells]).T)
+
+
+class _Rows(NamedTuple):
+    """Where the states of some cells are in a memory-mapped (rows, width)."""
+
+    memory: np.ndarray
+    start: np.ndarray
+    rows: np.ndarray
+
+    def read(self, places: list[int]) -> torch.Tensor:
+        """Return the states of the cells at some places, one below the other."""
+        start, rows = self.start[places], self.rows[places]
+        within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+        return torch.from_numpy(self.memory[np.repeat(start, rows) + within])
 
 
 def hashes_of(cells: "Cells") -> np.ndarray:
