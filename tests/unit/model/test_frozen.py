@@ -1,13 +1,14 @@
 """What frozen layers make of a cell: the same gradients as the whole model, made once, whole or not at all."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tuneformer.model import classifier, fit, frozen, strategies
+from tuneformer.model import baselines, classifier, fit, frozen, strategies
 from tuneformer.model.classifier import CellClassifier, Cells
 from tuneformer.model.frozen import Frozen
 
@@ -75,8 +76,12 @@ def test_seeds_rates_and_arms_share_it(run_settings, tokens, tmp_path, made):
     for changes in ({}, {"seed": 1}, {"learning_rate": 1e-3}, {"strategy": "lp_ft"}):
         fit.fit_cells(run_settings(**{"strategy": "linear_probe", **changes}), tokens, tmp_path / "frozen")
     assert sum(made) == 72
-    fit.fit_cells(run_settings(strategy="linear_probe", pooling="mean"), tokens, tmp_path / "frozen")
-    assert sum(made) == 144
+    probe = run_settings(strategy="linear_probe", pooling="mean")
+    fit.fit_cells(probe, tokens, tmp_path / "frozen")
+    ridge, prepared = run_settings(strategy="frozen_embedding_ridge"), SimpleNamespace(tokens=tokens, cells=None)
+    kept, whole = (baselines.fit(ridge, prepared, folder) for folder in (tmp_path / "frozen", None))
+    assert sum(made) == 72
+    np.testing.assert_allclose(kept.probabilities, whole.probabilities, atol=1e-4)  # the same arithmetic
 
 
 def test_other_weights_share_nothing(run_settings, tokens, tmp_path, made):
