@@ -27,7 +27,7 @@ from tuneformer.artifacts import UserError
 from tuneformer.data import simulate
 from tuneformer.study import Study
 
-RESPONSES = 200  # equally probable ones; 400 change no probability by more than 0.001
+RESPONSES = 200  # equally probable ones; 800 change none of 15,000 probabilities by more than 0.001
 
 
 def class_probabilities(settings: Study, names: list[str], classes: list[str]) -> np.ndarray:
