@@ -15,11 +15,12 @@ import anndata as ad
 import numpy as np
 import torch
 import transformers
+from torch.utils.data import SequentialSampler
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from tuneformer.model import classifier, hardware, strategies, trainer
+from tuneformer.model import classifier, hardware, memory, strategies, trainer
 from tuneformer.model.classifier import CellClassifier, Cells
-from tuneformer.model.fit import ByLength
 from tuneformer.model.frozen import Frozen
 from tuneformer.study import Study, load_study
 from tuneformer.tokens.encode import encode
@@ -33,16 +34,21 @@ SHAPES = {
 BATCH, CLASSES = 12, 5
 
 
-def real_tokens(n_cells: int, positions: int = 2048, longest: int = 1024) -> Any:
-    """Return the tokens of cells evenly spread over the real PBMC that have at most `longest`.
+def real_tokens(n_batches: int, positions: int = 2048, longest: int = 896) -> Any:
+    """Return the tokens of real PBMC that have at most `longest`, in batches of similar length, the longest first.
 
-    A step of the plain recipe with 12 cells of 2,048 tokens took 20 GB on a CPU, and was killed.
+    The batches are evenly spread over the cells in the order of their lengths, as if 50 batches had been sorted and a
+    few of them drawn. A step of the plain recipe with 12 cells of 2,048 tokens took 20 GB on a CPU, and was killed.
     """
     data = Path(os.environ["TUNEFORMER_DATA"])
     cells = ad.read_h5ad(data / "pbmc_facs_raw.h5ad")
-    cells = cells[np.linspace(0, cells.n_obs - 1, 2 * n_cells).astype(int)].copy()
+    cells = cells[np.linspace(0, cells.n_obs - 1, 50 * n_batches).astype(int)].copy()
     dataset = encode(cells, Vocabulary.read(data / "geneformer_v1"), max_length=positions)
-    return dataset.select(np.flatnonzero(np.array(dataset["length"]) <= longest)[:n_cells])
+    lengths = np.array(dataset["length"])
+    order = np.argsort(-lengths, kind="stable")[(lengths > longest).sum() :]
+    middles = (np.arange(n_batches) + 0.5) / n_batches * len(order)
+    starts = (middles - BATCH / 2).astype(int)
+    return dataset.select(order[starts[:, None] + np.arange(BATCH)].ravel())
 
 
 def config_of(shape: str) -> BertConfig:
@@ -77,21 +83,17 @@ def plain(shape: str, cells: Cells, steps: int, *, cpu: bool) -> float:
         )  # fmt: skip
         arguments._n_gpu = min(arguments.n_gpu, 1)
         own = _InOrder(model, arguments, data_collator=lambda batch: batch, train_dataset=cells)
+        own.remove_callback(PrinterCallback)
         start = time.perf_counter()
         own.train()
         return _seconds_since(start, cpu=cpu)
 
 
 class _InOrder(Trainer):
-    """The Trainer, with the cells in our order: batches of similar length, as the studies have them."""
+    """The Trainer, with the cells in their order: batches of similar length, as the studies have them."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
-        return order(self.train_dataset)
-
-
-def order(cells: Cells) -> ByLength:
-    """Return the order in which both ways see the cells."""
-    return ByLength(cells.lengths, BATCH, torch.Generator().manual_seed(0))
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 def ours(shape: str, cells: Cells, steps: int, settings: Study, below: Frozen | None = None) -> tuple[float, Any]:
@@ -111,7 +113,7 @@ def ours(shape: str, cells: Cells, steps: int, settings: Study, below: Frozen | 
     start = time.perf_counter()
     trainer.train(
         settings, model, cells, log, plan=plan, loss=loss, validate=dict, steps=steps, validate_at={steps},
-        sampler=order(cells),
+        sampler=SequentialSampler(cells),
     )  # fmt: skip
     return _seconds_since(start, cpu=settings.device == "cpu"), log
 
@@ -122,33 +124,39 @@ def _seconds_since(start: float, *, cpu: bool) -> float:
     return time.perf_counter() - start
 
 
-def measure(shape: str = "V1-10M", n_cells: int = 96, rounds: int = 2, epochs: int = 100) -> dict[str, float]:
+def measure(shape: str = "V1-10M", n_batches: int = 4, rounds: int = 2, epochs: int = 100) -> dict[str, float]:
     """Return cells per second of both ways and their ratio; and that of a probe's `epochs` with and without states.
 
-    The probe without states is measured for one epoch, as all its epochs cost the same.
+    Both ways train on all cells. The probe without states is measured for one epoch, as all its epochs cost the same.
     """
-    settings = load_study("tiny").model_copy(
-        update={"strategy": "selective", "freeze_layers": 2, "batch_size": BATCH, "device": "cpu", "threads": None}
-    )
+    changes = {"strategy": "selective", "freeze_layers": 2, "batch_size": BATCH, "device": "cpu"}
+    settings = load_study("tiny").model_copy(update=changes | {"threads": os.cpu_count()})
     hardware.prepare(settings)
-    dataset, labels = real_tokens(n_cells), np.arange(n_cells) % CLASSES
+    dataset, n_cells = real_tokens(n_batches), n_batches * BATCH
+    labels = np.arange(n_cells) % CLASSES
     padded, packed = (Cells(dataset, 0, labels=labels, packed=is_packed) for is_packed in (False, True))
-    steps, seconds = n_cells // BATCH, {"plain": 0.0, "ours": 0.0}
-    for _ in range(rounds):
-        seconds["plain"] += plain(shape, padded, max(1, steps // 4), cpu=True) * steps / max(1, steps // 4)
-        seconds["ours"] += ours(shape, packed, steps, settings)[0]
-    speed = {name: rounds * n_cells / value for name, value in seconds.items()}
+    seconds = np.array(
+        [
+            [plain(shape, padded, n_batches, cpu=True), ours(shape, packed, n_batches, settings)[0]]
+            for _ in range(rounds)
+        ]
+    )
+    speed, ratios = rounds * n_cells / seconds.sum(axis=0), seconds[:, 0] / seconds[:, 1]
     probe = settings.model_copy(update={"strategy": "linear_probe"})
-    whole, _ = ours(shape, packed, steps, probe)
+    whole, _ = ours(shape, packed, n_batches, probe)
     with tempfile.TemporaryDirectory() as folder:
         below = Frozen(Path(folder), 1e9, bf16=hardware.uses_bf16(torch.device("cpu"), "auto"))
-        kept, _ = ours(shape, packed, steps * epochs, probe, below)
+        kept, _ = ours(shape, packed, n_batches * epochs, probe, below)
     return {
-        "plain_cells_per_second": speed["plain"],
-        "ours_cells_per_second": speed["ours"],
-        "ratio": speed["ours"] / speed["plain"],
+        "plain_cells_per_second": speed[0],
+        "ours_cells_per_second": speed[1],
+        "ratio": seconds[:, 0].sum() / seconds[:, 1].sum(),
+        "smallest_ratio": ratios.min(),
+        "largest_ratio": ratios.max(),
+        "mean_tokens": float(packed.lengths.mean()),
         "probe_epochs": epochs,
         "probe_ratio": whole * epochs / kept,
+        "peak_memory_mb": memory.peak_memory(),
     }
 
 

@@ -1,6 +1,8 @@
 """What frozen layers make of a cell: the same gradients as the whole model, made once, whole or not at all."""
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,3 +121,28 @@ def test_above_its_size_nothing_is_kept_and_it_is_said(run_settings, tokens, tmp
     assert outcome.status == "ok"
     assert "their states would take 0.0 GB, and frozen_cache_gb allows 1e-07" in capsys.readouterr().err
     assert sum(path.stat().st_size for path in (tmp_path / "frozen").glob("*/states.bin")) == 0
+
+
+def test_two_processes_fill_it_at_once(run_settings, tokens, tmp_path):
+    """Both read right states, and no cell is computed twice, as the second waits and reads what the first has made."""
+    settings = run_settings(strategy="linear_probe", precision="fp32")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        jobs = [pool.submit(filled_by, settings, tokens, tmp_path / "frozen") for _ in range(2)]
+        found = [job.result(timeout=120) for job in jobs]
+    model = classifier.build(settings, tokens.vocabulary, tokens.classes).eval()
+    with torch.no_grad():
+        expected = model.encode(Cells(tokens.dataset, 0, packed=True).__getitems__(np.arange(72)))
+    for states in found:
+        np.testing.assert_allclose(states, expected, atol=1e-5)  # batches of another shape: some hundred roundings
+    (index,) = tmp_path.glob("frozen/*/index.bin")
+    assert index.stat().st_size == 72 * frozen.RECORD.itemsize
+
+
+def filled_by(settings, tokens, folder):
+    """Fill the folder in a process of its own, and return what it has of each cell."""
+    torch.manual_seed(0)
+    model = classifier.build(settings, tokens.vocabulary, tokens.classes).requires_grad_(False)
+    cells = Cells(tokens.dataset, 0, packed=True)
+    below = Frozen(folder, 1e9, bf16=False)
+    return below.inputs(model, cells, cells.__getitems__(np.arange(72)))["states"].numpy()
