@@ -47,9 +47,8 @@ def main(arguments: list[str]) -> int:
         return 1
     device = torch.device("cpu" if is_smoke else "cuda")
     n_batches, shapes = (2, ["tiny"]) if is_smoke else (20, ["V1-10M", "V2-104M"])
-    settings = load_study("tiny").model_copy(
-        update={"strategy": "selective", "freeze_layers": 1, "batch_size": BATCH, "device": device.type}
-    )
+    changes = {"strategy": "selective", "freeze_layers": 1, "batch_size": BATCH, "precision": "auto"}
+    settings = load_study("tiny").model_copy(update=changes | {"device": device.type})
     hardware.prepare(settings)
     peak = peak_flops(device, 512 if is_smoke else 8192)
     dataset = made_up_tokens(n_batches) if is_smoke else real_tokens(n_batches, longest=2048)
