@@ -5,9 +5,12 @@ The two ways take turns, so that other work on the machine slows both alike.
 """
 
 import json
+import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ import anndata as ad
 import numpy as np
 import torch
 import transformers
+from torch.utils.data import SequentialSampler
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from tuneformer.model import classifier, hardware, strategies, trainer
+from tuneformer.model import classifier, hardware, memory, strategies, trainer
 from tuneformer.model.classifier import CellClassifier, Cells
-from tuneformer.model.fit import ByLength
 from tuneformer.model.frozen import Frozen
 from tuneformer.study import Study, load_study
 from tuneformer.tokens.encode import encode
@@ -33,16 +37,21 @@ SHAPES = {
 BATCH, CLASSES = 12, 5
 
 
-def real_tokens(n_cells: int, positions: int = 2048, longest: int = 1024) -> Any:
-    """Return the tokens of cells evenly spread over the real PBMC that have at most `longest`.
+def real_tokens(n_batches: int, positions: int = 2048, longest: int = 700) -> Any:
+    """Return the tokens of real PBMC that have at most `longest`, in batches of similar length, the longest first.
 
-    A step of the plain recipe with 12 cells of 2,048 tokens took 20 GB on a CPU, and was killed.
+    The batches are evenly spread over the cells in the order of their lengths, as if 50 batches had been sorted and a
+    few of them drawn. A step of the plain recipe with 12 cells of 2,048 tokens took 20 GB on a CPU, and was killed.
     """
     data = Path(os.environ["TUNEFORMER_DATA"])
     cells = ad.read_h5ad(data / "pbmc_facs_raw.h5ad")
-    cells = cells[np.linspace(0, cells.n_obs - 1, 2 * n_cells).astype(int)].copy()
+    cells = cells[np.linspace(0, cells.n_obs - 1, 50 * n_batches).astype(int)].copy()
     dataset = encode(cells, Vocabulary.read(data / "geneformer_v1"), max_length=positions)
-    return dataset.select(np.flatnonzero(np.array(dataset["length"]) <= longest)[:n_cells])
+    lengths = np.array(dataset["length"])
+    order = np.argsort(-lengths, kind="stable")[(lengths > longest).sum() :]
+    middles = (np.arange(n_batches) + 0.5) / n_batches * len(order)
+    starts = (middles - BATCH / 2).astype(int)
+    return dataset.select(order[starts[:, None] + np.arange(BATCH)].ravel())
 
 
 def config_of(shape: str) -> BertConfig:
@@ -77,21 +86,17 @@ def plain(shape: str, cells: Cells, steps: int, *, cpu: bool) -> float:
         )  # fmt: skip
         arguments._n_gpu = min(arguments.n_gpu, 1)
         own = _InOrder(model, arguments, data_collator=lambda batch: batch, train_dataset=cells)
+        own.remove_callback(PrinterCallback)
         start = time.perf_counter()
         own.train()
         return _seconds_since(start, cpu=cpu)
 
 
 class _InOrder(Trainer):
-    """The Trainer, with the cells in our order: batches of similar length, as the studies have them."""
+    """The Trainer, with the cells in their order: batches of similar length, as the studies have them."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
-        return order(self.train_dataset)
-
-
-def order(cells: Cells) -> ByLength:
-    """Return the order in which both ways see the cells."""
-    return ByLength(cells.lengths, BATCH, torch.Generator().manual_seed(0))
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 def ours(shape: str, cells: Cells, steps: int, settings: Study, below: Frozen | None = None) -> tuple[float, Any]:
@@ -111,7 +116,7 @@ def ours(shape: str, cells: Cells, steps: int, settings: Study, below: Frozen | 
     start = time.perf_counter()
     trainer.train(
         settings, model, cells, log, plan=plan, loss=loss, validate=dict, steps=steps, validate_at={steps},
-        sampler=order(cells),
+        sampler=SequentialSampler(cells),
     )  # fmt: skip
     return _seconds_since(start, cpu=settings.device == "cpu"), log
 
@@ -122,33 +127,55 @@ def _seconds_since(start: float, *, cpu: bool) -> float:
     return time.perf_counter() - start
 
 
-def measure(shape: str = "V1-10M", n_cells: int = 96, rounds: int = 2, epochs: int = 100) -> dict[str, float]:
-    """Return cells per second of both ways and their ratio; and that of a probe's `epochs` with and without states.
-
-    The probe without states is measured for one epoch, as all its epochs cost the same.
-    """
-    settings = load_study("tiny").model_copy(
-        update={"strategy": "selective", "freeze_layers": 2, "batch_size": BATCH, "device": "cpu", "threads": None}
-    )
+def one_way(way: str, shape: str, n_batches: int) -> tuple[float, float]:
+    """Train on all cells in this process, which nothing has set up; return seconds and its peak memory, in MB."""
+    cells = Cells(real_tokens(n_batches), 0, labels=np.arange(n_batches * BATCH) % CLASSES, packed=way == "ours")
+    torch.set_num_threads(os.cpu_count())
+    if way == "plain":
+        return plain(shape, cells, n_batches, cpu=True), memory.peak_memory()
+    settings = settings_of("selective")
     hardware.prepare(settings)
-    dataset, labels = real_tokens(n_cells), np.arange(n_cells) % CLASSES
-    padded, packed = (Cells(dataset, 0, labels=labels, packed=is_packed) for is_packed in (False, True))
-    steps, seconds = n_cells // BATCH, {"plain": 0.0, "ours": 0.0}
-    for _ in range(rounds):
-        seconds["plain"] += plain(shape, padded, max(1, steps // 4), cpu=True) * steps / max(1, steps // 4)
-        seconds["ours"] += ours(shape, packed, steps, settings)[0]
-    speed = {name: rounds * n_cells / value for name, value in seconds.items()}
-    probe = settings.model_copy(update={"strategy": "linear_probe"})
-    whole, _ = ours(shape, packed, steps, probe)
+    return ours(shape, cells, n_batches, settings)[0], memory.peak_memory()
+
+
+def probe_ratio(shape: str, n_batches: int, epochs: int) -> float:
+    """Return how many times longer the epochs of a probe take without frozen states; each of them costs the same."""
+    cells = Cells(real_tokens(n_batches), 0, labels=np.arange(n_batches * BATCH) % CLASSES, packed=True)
+    settings = settings_of("linear_probe")
+    hardware.prepare(settings)
+    whole, _ = ours(shape, cells, n_batches, settings)
     with tempfile.TemporaryDirectory() as folder:
         below = Frozen(Path(folder), 1e9, bf16=hardware.uses_bf16(torch.device("cpu"), "auto"))
-        kept, _ = ours(shape, packed, steps * epochs, probe, below)
+        kept, _ = ours(shape, cells, n_batches * epochs, settings, below)
+    return whole * epochs / kept
+
+
+def settings_of(strategy: str) -> Study:
+    """Return settings for the processor, with the arithmetic that it has and all its cores."""
+    changes = {"strategy": strategy, "freeze_layers": 2, "batch_size": BATCH, "device": "cpu", "precision": "auto"}
+    return load_study("tiny").model_copy(update=changes | {"threads": os.cpu_count()})
+
+
+def alone(function: Callable, *arguments: Any) -> Any:
+    """Return what a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(shape: str = "V1-10M", n_batches: int = 4, rounds: int = 2, epochs: int = 100) -> dict[str, float]:
+    """Return cells per second, memory and ratio of both ways; and how much faster a probe is with frozen states."""
+    ways = ("plain", "ours")
+    found = np.array([[alone(one_way, way, shape, n_batches) for way in ways] for _ in range(rounds)])
+    seconds, memories = found[..., 0], found[..., 1].max(axis=0)  # (rounds, ways), (ways,)
+    speed, ratios = n_batches * BATCH / seconds.mean(axis=0), seconds[:, 0] / seconds[:, 1]
     return {
-        "plain_cells_per_second": speed["plain"],
-        "ours_cells_per_second": speed["ours"],
-        "ratio": speed["ours"] / speed["plain"],
+        **{f"{way}_cells_per_second": float(value) for way, value in zip(ways, speed, strict=True)},
+        **{f"{way}_peak_memory_mb": float(value) for way, value in zip(ways, memories, strict=True)},
+        "ratio": float(speed[1] / speed[0]),
+        "smallest_ratio": float(ratios.min()),
+        "largest_ratio": float(ratios.max()),
         "probe_epochs": epochs,
-        "probe_ratio": whole * epochs / kept,
+        "probe_ratio": alone(probe_ratio, shape, n_batches, epochs),
     }
 
 

@@ -190,9 +190,8 @@ class TrainingKeys(TokensKeys):
     attention: Literal["auto", "sdpa", "eager"] = _key(
         "auto", "auto (cells packed, the fastest kernel here) | sdpa | eager"
     )
-    compile: bool = _key(False, "true: torch.compile the layers (a GPU; takes a minute)")
     frozen_cache_gb: NotNegative = _key(
-        4.0, "largest cache of what frozen layers make of the cells of a task, in 10^9 bytes; 0 = none"
+        4.0, "10^9 bytes for what frozen layers make of cells: kept, without their dropout; 0 = made in each step"
     )
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = _key(
         0.0, "above 0 the CPU takes a kernel several times slower"

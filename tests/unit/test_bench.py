@@ -50,3 +50,17 @@ def test_every_stage_is_measured_beside_the_plain_way(tmp_path, table):
         assert row["times_faster"].keys() == {"min", "median", "max"}
     assert results["startup"][0]["what"] == "import tuneformer"
     assert table.readme(results) == (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("arguments", [["--smoke"], []])
+def test_that_of_the_gpu_runs_small_on_a_processor_and_says_what_it_lacks(arguments):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if arguments:
+        assert done.returncode == 0, done.stderr
+        row = json.loads(done.stdout)
+        assert min(row["plain_cells_per_second"], row["ours_cells_per_second"], row["share_of_peak"]) > 0
+    else:
+        assert done.returncode == 1
+        assert done.stderr == "There is no GPU here; run this where torch finds one, or with --smoke.\n"

@@ -132,16 +132,16 @@ def _make(settings: Study, folder: Path) -> None:
     from tuneformer.cells import make
     from tuneformer.evaluate import leakage
 
-    prepared = make.prepare(settings)
+    prepared, frozen = make.prepare(settings), paths.task_dir(settings) / "frozen"
     leakage.refuse_leaks(prepared, settings)
     if settings.is_baseline:
         from tuneformer.model import baselines
 
-        outcome = baselines.fit(settings, prepared)
+        outcome = baselines.fit(settings, prepared, frozen)
     else:
         from tuneformer.model import fit
 
-        outcome = fit.fit_cells(settings, prepared.tokens, paths.task_dir(settings) / "frozen")
+        outcome = fit.fit_cells(settings, prepared.tokens, frozen)
     leakage.refuse_unfair(outcome, prepared, settings)
     outcome.predictions.to_parquet(folder / "predictions.parquet", index=False)
     outcome.history.to_csv(folder / "history.csv", index=False)

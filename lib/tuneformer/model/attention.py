@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 KEPT = 256e6  # bytes of attention weights of one layer that are kept for the backward pass; more are computed again
-AT_ONCE = 64e6  # bytes of them that are computed at a time
+AT_ONCE = 16e6  # bytes of them that are computed at a time: about what the caches hold
 
 
 def attend(
@@ -48,21 +48,20 @@ def attend(
 
         rows = (one[0].transpose(0, 1) for one in whole)  # (tokens, heads, head_dim)
         return varlen_attn(*rows, bounds, bounds, max(lengths), max(lengths), scale=scale).unsqueeze(0), None
-    parts = []
-    for start, n_cells, length in _runs(lengths):
-        alike = (one[0, :, start : start + n_cells * length].unflatten(1, (n_cells, length)) for one in whole)
+    # The backward pass of a split is one concatenation; a slice has zeros of the whole batch for each of its cells.
+    runs, parts = list(_runs(lengths)), []
+    split = [one[0].split([n_cells * length for n_cells, length in runs], dim=1) for one in whole]
+    for (n_cells, length), *own in zip(runs, *split, strict=True):
+        alike = (one.unflatten(1, (n_cells, length)) for one in own)
         found = _cells(*(one.transpose(0, 1) for one in alike), None, dropout=dropout, scale=scale)
         parts.append(found.transpose(1, 2).flatten(0, 1))  # (tokens, heads, head_dim)
     return torch.cat(parts).unsqueeze(0), None
 
 
-def _runs(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Give first token, number and length of the cells that follow each other and are as long as each other."""
-    start = 0
+def _runs(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Give number and length of the cells that follow each other and are as long as each other."""
     for length, group in groupby(lengths):
-        n_cells = len(list(group))
-        yield start, n_cells, length
-        start += n_cells * length
+        yield len(list(group)), length
 
 
 def _cells(
@@ -79,12 +78,11 @@ def _cells(
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     batch, heads, length, _ = query.shape
     size = heads * length**2 * query.element_size()  # bytes of one cell
-    at_once, parts = max(1, int(AT_ONCE / size)), []
+    at_once = max(1, int(AT_ONCE / size))
     is_large = torch.is_grad_enabled() and batch * size > KEPT
-    for start in range(0, batch, at_once):
-        part = slice(start, start + at_once)
-        given = query[part] * scale, key[part], value[part], None if mask is None else mask[part]
-        parts.append(checkpoint(_products, *given, use_reentrant=False) if is_large else _products(*given))
+    masks = [None] * -(-batch // at_once) if mask is None else mask.split(at_once)
+    given = zip((query * scale).split(at_once), key.split(at_once), value.split(at_once), masks, strict=True)
+    parts = [checkpoint(_products, *one, use_reentrant=False) if is_large else _products(*one) for one in given]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -7,8 +7,10 @@ are at least 200, and else that of a stratified cross-validation over training a
 cells are predicted once.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,7 +34,8 @@ from tuneformer.artifacts import UserError
 from tuneformer.data import counts
 from tuneformer.model import fit as fitting
 from tuneformer.model import hardware
-from tuneformer.model.classifier import Batch, Cells, build, mean_state, predict
+from tuneformer.model.classifier import Batch, CellClassifier, Cells, build, predict
+from tuneformer.model.frozen import Frozen
 from tuneformer.model.trainer import LOWEST
 from tuneformer.study import Study
 from tuneformer.tokens.vocabulary import TARGET_SUM
@@ -66,12 +69,12 @@ class Baseline(NamedTuple):
     grid: dict[str, list]
 
 
-def fit(settings: Study, prepared: "Prepared") -> fitting.Outcome:
+def fit(settings: Study, prepared: "Prepared", frozen: Path | None = None) -> fitting.Outcome:
     """Fit the baseline of a run, and predict its test cells once. The same settings give the same numbers.
 
     ``history`` has one row per point of the grid, with its parameters; ``epoch`` is its number. Losses are in nats per
     cell; in the ``train_loss`` of ``knn_pca`` a cell is one of its own neighbours. In the cost,
-    ``trainable_parameters`` are the fitted coefficients of the chosen point.
+    ``trainable_parameters`` are the fitted coefficients of the chosen point. `frozen` is as in `fit.fit_cells`.
 
     Raises
     ------
@@ -79,7 +82,8 @@ def fit(settings: Study, prepared: "Prepared") -> fitting.Outcome:
         A class lacks cells, the baseline reads counts and there are only tokens, or the checkpoint cannot be used.
     """
     make_features, make_model, grid = BASELINES[settings.strategy]
-    tokens = prepared.tokens
+    is_embedded, tokens = settings.strategy == "frozen_embedding_ridge", prepared.tokens
+    make_features = functools.partial(make_features, frozen=frozen) if is_embedded else make_features
     cells = tokens.dataset.remove_columns("input_ids").to_pandas()
     labels = pd.Categorical(cells["label"], tokens.classes).codes.astype(np.int64)
     rows = fitting.rows_of_splits(settings, tokens)
@@ -99,7 +103,7 @@ def fit(settings: Study, prepared: "Prepared") -> fitting.Outcome:
         cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         probabilities = chosen.predict_proba(features(rows["test"]))
     cost |= {"training_cells": n_train, "trainable_parameters": _n_coefficients(chosen)}
-    device = hardware.device_of(settings.device if settings.strategy == "frozen_embedding_ridge" else "cpu")
+    device = hardware.device_of(settings.device if is_embedded else "cpu")
     return fitting.Outcome(
         history=history,
         best_epoch=int(history["epoch"][best]),
@@ -170,24 +174,33 @@ def rank_features(settings: Study, prepared: "Prepared", train: np.ndarray) -> F
     return lambda rows: ranks(rows)[:, seen]
 
 
-def cell_embeddings(settings: Study, prepared: "Prepared", train: np.ndarray) -> Features:
-    """Prepare embeddings by the checkpoint as it is: the mean of its last hidden states over the tokens of a cell."""
-    bert, bf16 = frozen_body(settings, prepared.tokens)
+def cell_embeddings(settings: Study, prepared: "Prepared", train: np.ndarray, frozen: Path | None = None) -> Features:
+    """Prepare embeddings by the checkpoint as it is: the mean of its last hidden states over the tokens of a cell.
 
-    def embed(batch: Batch) -> torch.Tensor:
-        states = bert(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.double()
-        return mean_state(states, batch["attention_mask"])
+    In the folder `frozen` they are those that ``linear_probe`` reads, too.
+    """
+    settings = settings.model_copy(update={"attention": "auto", "pooling": "mean"})
+    model, bf16 = frozen_model(settings, prepared.tokens)
+    below, pad = Frozen(frozen, settings.frozen_cache_gb * 1e9, bf16=bf16), prepared.tokens.vocabulary.specials["<pad>"]
 
-    pad = prepared.tokens.vocabulary.specials["<pad>"]
-    return lambda rows: predict(bert, Cells(prepared.tokens.dataset, pad, rows=rows), bf16=bf16, forward=embed)
+    def embeddings(rows: np.ndarray) -> np.ndarray:
+        cells = Cells(prepared.tokens.dataset, pad, rows=rows, packed=True)
+
+        def embed(batch: Batch) -> torch.Tensor:
+            batch = below.inputs(model, cells, batch)
+            return model.encode(batch, batch.get("depth", 0))
+
+        return predict(model, cells, bf16=bf16, forward=embed)
+
+    return embeddings
 
 
-def frozen_body(settings: Study, tokens: "Tokens") -> tuple[torch.nn.Module, bool]:
-    """Return the body of the checkpoint as it is, on its device, without dropout; and whether to use it in bf16."""
+def frozen_model(settings: Study, tokens: "Tokens") -> tuple[CellClassifier, bool]:
+    """Return the checkpoint as it is, on its device, without dropout; and whether to use it in bf16."""
     device = hardware.prepare(settings)
     transformers.set_seed(settings.seed)  # genes that the checkpoint does not know start as they do in fine-tuning
     model = build(settings.model_copy(update={"strategy": "full"}), tokens.vocabulary, tokens.classes)
-    return model.bert.to(device).eval(), hardware.uses_bf16(device, settings.precision)
+    return model.to(device).eval().requires_grad_(False), hardware.uses_bf16(device, settings.precision)
 
 
 def true_probabilities(settings: Study, prepared: "Prepared", train: np.ndarray) -> Features:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tuneformer.study import Study
 
 GENES = "bert.embeddings.word_embeddings.weight"
+POOLED = ("first", "mean")
 BODY = ("bert.embeddings.", "bert.encoder.")
 PREDICTION_TOKENS = 2**16  # of a batch, padding included; without gradients that takes little memory
 
@@ -95,9 +96,14 @@ class CellClassifier(BertForSequenceClassification):
             states = layer(states, None, **packing)
         if stop is not None or start > len(layers):
             return states
-        if self.config.pooling == "first":
-            return states[0, batch["bounds"][:-1]]
-        return torch.segment_reduce(states[0], "mean", lengths=batch["bounds"].diff(), axis=0, unsafe=True)
+        return pooled(states, batch["bounds"], self.config.pooling)
+
+
+def pooled(states: torch.Tensor, bounds: torch.Tensor, how: str) -> torch.Tensor:
+    """Return the first state or the mean state of each packed cell, (cells, hidden)."""
+    if how == "first":
+        return states[0, bounds[:-1]]
+    return torch.segment_reduce(states[0], "mean", lengths=bounds.diff(), axis=0, unsafe=True)
 
 
 def mean_state(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """What frozen layers make of a cell, computed once: for all steps, epochs, seeds, rates, arms and folds of a task.
 
 In: a model whose first parts do not learn, and its cells. Out: their states after the last frozen layer or, where the
-whole body is frozen, what the head reads. They are kept in a folder that only grows: ``states.bin`` holds the states of
-one cell after the other, ``index.bin`` one record a cell (a hash of its tokens, first row, rows), written after its
-states are on the disk. So a job that is killed leaves no cell that seems done, and the folder's name is a hash of the
-frozen weights and of the arithmetic. Without dropout the gradients are those of the whole model, to the rounding of
-batches of another shape; with dropout, the frozen part alone is without it.
+whole body is frozen, what a head reads (first token and mean). They are kept in a folder that only grows:
+``states.bin`` holds the states of one cell after the other, ``index.bin`` one record a cell (a hash of the embeddings
+of its genes, first row, rows), written after its states are on the disk. So a job that is killed leaves no cell that
+seems done, and the folder's name is a hash of the frozen layers and of the arithmetic. Without dropout the gradients
+are those of the whole model, to the rounding of batches of another shape; with dropout, the frozen part alone is
+without it.
 """
 
 import hashlib
@@ -13,25 +14,27 @@ import os
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tuneformer.artifacts import key
 from tuneformer.model import strategies
-
-if TYPE_CHECKING:
-    from tuneformer.model.classifier import Batch, CellClassifier, Cells
+from tuneformer.model.classifier import GENES, POOLED, Batch, CellClassifier, Cells, pooled
 
 RECORD = np.dtype([("cell", "S16"), ("start", "<i8"), ("rows", "<i8")])
 
 
-def depth_of(model: torch.nn.Module) -> int:
+def body_of(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """Return the weights of each part of the body, from the embeddings up."""
+    return [list(part.parameters()) for part in (model.bert.embeddings, *model.bert.encoder.layer)]
+
+
+def depth_of(body: list[list[torch.nn.Parameter]]) -> int:
     """Return how many parts of the body, from the embeddings up, do not learn now: at most 1 + layers."""
-    learning = {strategies.part_of(name) for name, weight in model.named_parameters() if weight.requires_grad}
-    body = ["embeddings", *(f"layer_{number}" for number in range(model.config.num_hidden_layers))]
-    return next((depth for depth, part in enumerate(body) if part in learning), len(body))
+    learn = (any(weight.requires_grad for weight in part) for part in body)
+    return next((depth for depth, learns in enumerate(learn) if learns), len(body))
 
 
 class Frozen:
@@ -47,49 +50,61 @@ class Frozen:
 
     def __init__(self, folder: Path | None, most: float, *, bf16: bool) -> None:
         self.folder, self.most, self.bf16 = folder, most if folder else 0, bf16
-        self.filled: dict[tuple[int, int], _Store | None] = {}
-        self.hashes: dict[int, np.ndarray] = {}
+        self.filled: dict[tuple[Cells, int], _Rows | None] = {}
+        self.hashes: dict[Cells, np.ndarray] = {}
+        self.genes: np.ndarray | None = None  # hash of the embedding of each gene
+        self.stores: dict[int, _Store] = {}
+        self.body: list[list[torch.nn.Parameter]] = []  # of the one model; weights stay what they are in a training
 
-    def inputs(self, model: "CellClassifier", cells: "Cells", batch: "Batch") -> "Batch":
+    def inputs(self, model: CellClassifier, cells: Cells, batch: Batch) -> Batch:
         """Return a batch of packed cells with the states that are known of it instead of its tokens."""
-        depth = depth_of(model)
+        self.body = self.body or body_of(model)
+        depth = depth_of(self.body)
         if depth < 2 or "places" not in batch:  # the embeddings alone cost nothing
             return batch
-        if (id(cells), depth) not in self.filled:
-            self.filled[id(cells), depth] = self._filled(model, cells, depth)
-        store = self.filled[id(cells), depth]
-        if store is None:
+        if (cells, depth) not in self.filled:
+            self.filled[cells, depth] = self._filled(model, cells, depth)
+        rows = self.filled[cells, depth]
+        if rows is None:
             return batch
-        found = store.read(self.hashes[id(cells)][batch["places"]])
+        found = rows.read(batch["places"])
         states = found if depth > model.config.num_hidden_layers else found[None]
         device = batch["bounds"].device
         return {**batch, "input_ids": None, "states": states.to(device, non_blocking=True), "depth": depth}
 
-    def _filled(self, model: "CellClassifier", cells: "Cells", depth: int) -> "_Store | None":
-        """Return the store that has the states of all of some cells; None if they do not fit."""
+    def _filled(self, model: CellClassifier, cells: Cells, depth: int) -> "_Rows | None":
+        """Return where the states of all of some cells are; None if they do not fit."""
         if not self.most:
             return None
-        if id(cells) not in self.hashes:
-            self.hashes[id(cells)] = hashes_of(cells)
-        store = self._store(model, depth)
-        return store if self._fill(store, model, cells, depth) else None
+        if cells not in self.hashes:
+            self.genes = hashes_of_genes(model) if self.genes is None else self.genes
+            self.hashes[cells] = hashes_of(cells, self.genes)
+        if depth not in self.stores:
+            self.stores[depth] = self._store(model, depth)
+        store = self.stores[depth]
+        if not self._fill(store, model, cells, depth):
+            return None
+        rows = store.rows_of(self.hashes[cells])
+        if depth > model.config.num_hidden_layers:
+            rows = _Rows(rows.memory, rows.start + POOLED.index(model.config.pooling), np.ones_like(rows.rows))
+        return rows
 
-    def _store(self, model: "CellClassifier", depth: int) -> "_Store":
+    def _store(self, model: CellClassifier, depth: int) -> "_Store":
         digest = hashlib.sha256()
         for name, weight in model.named_parameters():
-            if strategies.part_of(name) in ("embeddings", *(f"layer_{number}" for number in range(depth - 1))):
+            part = strategies.part_of(name)
+            if part in ("embeddings", *(f"layer_{number}" for number in range(depth - 1))) and name != GENES:
                 digest.update(weight.detach().float().cpu().numpy().tobytes())
         config = model.config
-        pooling = config.pooling if depth > config.num_hidden_layers else ""
-        how = [model.device.type, self.bf16, config._attn_implementation, depth, pooling, config.layer_norm_eps]
-        name = key("frozen.1", digest.hexdigest(), config.num_attention_heads, config.hidden_act, *how)
+        how = [model.device.type, self.bf16, config._attn_implementation, depth, config.layer_norm_eps]
+        name = key("frozen.2", digest.hexdigest(), config.num_attention_heads, config.hidden_act, *how)
         return _Store(self.folder / name, config.hidden_size)
 
-    def _fill(self, store: "_Store", model: "CellClassifier", cells: "Cells", depth: int) -> bool:
+    def _fill(self, store: "_Store", model: CellClassifier, cells: Cells, depth: int) -> bool:
         """Compute what the store lacks of some cells; return whether all of them fit."""
         from filelock import FileLock
 
-        hashes, is_pooled = self.hashes[id(cells)], depth > model.config.num_hidden_layers
+        hashes, is_pooled = self.hashes[cells], depth > model.config.num_hidden_layers
         store.refresh()
         if all(one in store.places for one in hashes):
             return True
@@ -97,7 +112,7 @@ class Frozen:
             store.repair()
             first = {one: place for place, one in enumerate(hashes) if one not in store.places}
             places = np.array(list(first.values()), dtype=int)
-            rows = len(places) if is_pooled else int(cells.lengths[places].sum())
+            rows = len(POOLED) * len(places) if is_pooled else int(cells.lengths[places].sum())
             used = sum(path.stat().st_size for path in self.folder.glob("*/states.bin"))
             if used + rows * store.width * 4 > self.most:
                 size = f"{(used + rows * store.width * 4) / 1e9:.1f} GB, and frozen_cache_gb allows {self.most / 1e9:g}"
@@ -107,15 +122,18 @@ class Frozen:
         return True
 
     @torch.no_grad()
-    def _compute(self, store: "_Store", model: "CellClassifier", cells: "Cells", places: Any, depth: int) -> None:
+    def _compute(self, store: "_Store", model: CellClassifier, cells: Cells, places: Any, depth: int) -> None:
         was_training, part = model.training, cells.only(places)
         model.eval()
-        stop = None if depth > model.config.num_hidden_layers else depth
+        is_pooled = depth > model.config.num_hidden_layers
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
             for chosen, batch in part.sorted_batches(model.device):
-                states = model.encode(batch, 0, stop).float().cpu().reshape(-1, store.width).numpy()
-                lengths = np.ones(len(chosen), int) if stop is None else part.lengths[chosen]
-                store.append(self.hashes[id(cells)][places[chosen]], states, lengths)
+                states, lengths = model.encode(batch, 0, depth), part.lengths[chosen]
+                if is_pooled:
+                    states = torch.stack([pooled(states, batch["bounds"], how) for how in POOLED], dim=1)
+                    lengths = np.full(len(chosen), len(POOLED))
+                states = states.float().cpu().reshape(-1, store.width).numpy()
+                store.append(self.hashes[cells][places[chosen]], states, lengths)
         model.train(was_training)
 
 
@@ -157,18 +175,37 @@ class _Store:
                 os.fsync(file.fileno())
         self.refresh()
 
-    def read(self, cells: np.ndarray) -> torch.Tensor:
-        """Return the states of cells, one below the other, (rows, width)."""
-        places = [self.places[cell] for cell in cells]
-        return torch.from_numpy(np.concatenate([self.memory[start : start + rows] for start, rows in places]))
+    def rows_of(self, cells: np.ndarray) -> "_Rows":
+        """Return where the states of cells are."""
+        return _Rows(self.memory, *np.array([self.places[cell] for cell in cells]).T)
 
 
-def hashes_of(cells: "Cells") -> np.ndarray:
-    """Return a hash of the tokens of each cell, (cells,) bytes: the same tokens have the same states."""
+class _Rows(NamedTuple):
+    """Where the states of some cells are in a memory-mapped (rows, width)."""
+
+    memory: np.ndarray
+    start: np.ndarray
+    rows: np.ndarray
+
+    def read(self, places: list[int]) -> torch.Tensor:
+        """Return the states of the cells at some places, one below the other."""
+        start, rows = self.start[places], self.rows[places]
+        within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+        return torch.from_numpy(self.memory[np.repeat(start, rows) + within])
+
+
+def hashes_of_genes(model: CellClassifier) -> np.ndarray:
+    """Return a hash of the embedding of each gene, (genes,) bytes: one that no seed changed has the same states."""
+    weights = model.get_parameter(GENES).detach().float().cpu().numpy()
+    return np.array([hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in weights], "V8")
+
+
+def hashes_of(cells: Cells, genes: np.ndarray) -> np.ndarray:
+    """Return a hash of the embeddings of each cell, (cells,) bytes, from those of the genes."""
     found = []
     for start in range(0, len(cells), 10_000):
         lists = cells.table[cells.rows[start : start + 10_000]]["input_ids"].combine_chunks()
-        values, bounds = lists.flatten().to_numpy(), np.concatenate([[0], np.cumsum(lists.value_lengths())])
+        values, bounds = genes[lists.flatten().to_numpy()], np.concatenate([[0], np.cumsum(lists.value_lengths())])
         pairs = pairwise(bounds)
         found += [hashlib.blake2b(values[a:b].tobytes(), digest_size=8).hexdigest().encode() for a, b in pairs]
     return np.array(found, dtype=object)

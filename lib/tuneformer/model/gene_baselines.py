@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.sparsefuncs import mean_variance_axis
 
-from tuneformer.model.baselines import frozen_body
+from tuneformer.model.baselines import frozen_model
 from tuneformer.model.classifier import Cells
 from tuneformer.study import Study
 from tuneformer.tokens.vocabulary import TARGET_SUM, counts_by_gene, gene_ids
@@ -60,14 +60,17 @@ def expression_features(settings: Study, task: "GeneTask", cells: "ad.AnnData") 
 
 def gene_embeddings(settings: Study, task: "GeneTask", cells: Any) -> np.ndarray:
     """Return the checkpoint's embedding of each gene, before it has seen any cell, (genes, hidden)."""
-    bert, _ = frozen_body(settings, task.tokens)
-    return bert.embeddings.word_embeddings.weight.detach()[task.genes["token_id"].to_numpy()].double().cpu().numpy()
+    model, _ = frozen_model(settings, task.tokens)
+    return (
+        model.bert.embeddings.word_embeddings.weight.detach()[task.genes["token_id"].to_numpy()].double().cpu().numpy()
+    )
 
 
 @torch.inference_mode()
 def gene_states(settings: Study, task: "GeneTask", cells: Any) -> np.ndarray:
     """Return the mean of the checkpoint's last hidden states of each gene over the context cells, (genes, hidden)."""
-    bert, bf16 = frozen_body(settings, task.tokens)
+    model, bf16 = frozen_model(settings, task.tokens)
+    bert = model.bert
     gene_of = torch.full((bert.config.vocab_size,), -1)
     gene_of[task.genes["token_id"].to_numpy()] = torch.arange(len(task.genes))
     sums = torch.zeros(len(task.genes), bert.config.hidden_size, dtype=torch.float64, device=bert.device)

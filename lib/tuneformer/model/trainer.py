@@ -4,6 +4,7 @@ In: settings, a model with its plan, and batches. Out: the model with the weight
 and the cost. Nothing is written unless a folder is given from which an interrupted training goes on.
 """
 
+import gc
 import logging
 import sys
 import tempfile
@@ -76,6 +77,7 @@ class Training:
 class PlanCallback(TrainerCallback):
     """Lets the groups of a plan learn in each step; after an epoch it validates, logs and remembers weights to keep."""
 
+    model: nn.Module
     plan: strategies.Plan
     loss: Callable[[nn.Module, Batch], torch.Tensor]
     validate: Callable[[], dict[str, float]]
@@ -95,19 +97,21 @@ class PlanCallback(TrainerCallback):
     best_score: float = np.inf
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Freeze and thaw what the plan says."""
         learning = self.plan.learning(state.global_step, state.max_steps)
         if learning != self.learning:
-            strategies.set_learning(model, self.plan, learning)
+            strategies.set_learning(self.model, self.plan, learning)
             self.learning = learning
+        if not self.model.training:  # validated
+            self.model.train()
         self.step = f"step {state.global_step + 1} of {state.max_steps}"
 
-    def loss_of(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss_of(self, batch: Batch) -> torch.Tensor:
         """Return the mean loss of a batch; refuse one that is not finite, which the Trainer would pass over."""
         ids = batch["input_ids"]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss(model, batch)
+            loss = self.loss(self.model, batch)
         lengths = np.array(batch.get("lengths") or [ids.shape[1]] * len(ids))
         passed = np.array([len(lengths), lengths.sum(), (lengths**2).sum()])
         self.passed[self.learning] = self.passed.get(self.learning, 0) + passed
@@ -126,7 +130,7 @@ class PlanCallback(TrainerCallback):
             msg = f"the loss became {value} in {self.step}; set a smaller learning_rate, or precision: fp32."
             raise TrainingFailed(msg)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After the last step of an epoch, validate."""
         if state.global_step not in self.validate_at:
             return
@@ -138,7 +142,7 @@ class PlanCallback(TrainerCallback):
             self.best_epoch = epoch
         elif row[self.lowest] <= self.best_score:
             self.best_score, self.best_epoch = row[self.lowest], epoch
-            learnt = strategies.learning_parameters(model, self.plan)
+            learnt = strategies.learning_parameters(self.model, self.plan)
             self.best_weights = {name: weight.detach().clone() for name, weight in learnt.items()}
         if self.lowest and self.early_stop is not None and epoch - self.best_epoch >= self.early_stop:
             control.should_training_stop = True
@@ -160,7 +164,7 @@ class _PlanTrainer(Trainer):
         super().__init__(**arguments)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **_: Any) -> torch.Tensor:
-        return self.callback.loss_of(model, inputs)
+        return self.callback.loss_of(inputs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         return self.sampler or super()._get_train_sampler(train_dataset)
@@ -222,7 +226,7 @@ def train(
     bf16 = hardware.uses_bf16(device, settings.precision)
     optimizer = torch.optim.AdamW(strategies.optimizer_groups(settings, model.to(device), plan), fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps(settings, steps), steps)
-    callback = PlanCallback(plan, loss, validate, validate_at, lowest, settings.early_stop, bf16, who)
+    callback = PlanCallback(model, plan, loss, validate, validate_at, lowest, settings.early_stop, bf16, who)
     with tempfile.TemporaryDirectory() as nowhere:  # the Trainer wants a folder, also to write nothing into it
         arguments = TrainingArguments(
             output_dir=str(folder or nowhere),
@@ -241,20 +245,24 @@ def train(
             seed=settings.seed,
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs would each take a batch of batch_size
-        parts = {"model": model, "args": arguments, "data_collator": collate, "train_dataset": data}
+        # The Trainer walks through all modules and weights several times a step; only a state on the disk needs them.
+        learnt = strategies.learning_parameters(model, plan).values()
+        walked = model if folder else nn.ParameterList(learnt)
+        parts = {"model": walked, "args": arguments, "data_collator": collate, "train_dataset": data}
         parts |= {"callbacks": [callback, *callbacks], "optimizers": (optimizer, schedule)}
         trainer = _PlanTrainer(callback, sampler, **parts)
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         kept = [state.parent for state in Path(arguments.output_dir).glob("checkpoint-*/trainer_state.json")]
         last = max(kept, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
         wall, cpu = time.perf_counter(), time.process_time()
+        gc.freeze()  # accelerate collects garbage when it begins: a third of a second among all that is imported
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
+            gc.unfreeze()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             log.history = pd.DataFrame([row for row in trainer.state.log_history if "seconds" in row])
             log.best_epoch, log.chosen_by = callback.best_epoch, LOWEST if lowest else LAST
-            learnt = strategies.learning_parameters(model, plan).values()
             log.cost = {
                 "wall_seconds": wall,
                 "cpu_seconds": cpu,

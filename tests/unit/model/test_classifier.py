@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tuneformer.artifacts import UserError
-from tuneformer.model import classifier, fit, losses, strategies
+from tuneformer.model import attention, classifier, fit, losses, strategies
 from tuneformer.model.classifier import Cells
 from tuneformer.tokens.vocabulary import Vocabulary
 
@@ -218,3 +218,44 @@ def test_a_saved_model_that_lacks_a_file_is_refused(run_settings, tokens, tmp_pa
     (tmp_path / "model" / lost).unlink()
     with pytest.raises(UserError, match=f"{lost} cannot be read"):
         classifier.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_packed_cells_have_the_logits_and_gradients_of_padded_ones(run_settings, tokens, pooling):
+    """The attention of transformers over padded cells is the other side. In fp32 the two add up in another order.
+
+    1e-5 is about a hundred roundings (2^-24) of values near 1; the gradients are of that size.
+    """
+    found = []
+    for kind in ("eager", "auto"):
+        torch.manual_seed(0)
+        settings = run_settings(attention=kind, pooling=pooling)
+        model = classifier.build(settings, tokens.vocabulary, tokens.classes).eval()
+        cells = Cells(tokens.dataset, 0, labels=np.arange(72) % 2, packed=kind == "auto")
+        batch = cells.__getitems__([3, 40, 41, 70, 12, 5])
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        weights = {name: weight for name, weight in model.named_parameters() if "token_type" not in name}
+        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), list(weights.values()))
+        found.append({"logits": logits.detach(), **dict(zip(weights, gradients, strict=True))})
+    assert len(set(cells.lengths[[3, 40, 41, 70, 12, 5]])) > 1
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kept", [0, 1e9])
+def test_attention_in_bf16_is_that_of_each_cell_in_fp32(monkeypatch, kept):
+    """Two cells at a time of three that are alike, and with weights computed again; 3e-2 is eight roundings (2^-8)."""
+    monkeypatch.setattr(attention, "AT_ONCE", 2 * 2 * 5**2 * 2)
+    monkeypatch.setattr(attention, "KEPT", kept)
+    lengths = [5, 5, 5, 7]
+    torch.manual_seed(0)
+    whole = [torch.randn(1, 2, 22, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    found, _ = attention.attend(None, *whole, lengths=lengths)
+    cells = zip(*(one.float().split(lengths, dim=2) for one in whole), strict=True)
+    expected = torch.cat([torch.nn.functional.scaled_dot_product_attention(*cell) for cell in cells], dim=2)
+    expected = expected.transpose(1, 2)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=3e-2)
+    both = [torch.autograd.grad(value.float().square().sum(), whole) for value in (found, expected)]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=3e-2, atol=1e-1)  # sums of tens of such terms

@@ -27,13 +27,13 @@ class Watch(TrainerCallback):
     def __init__(self):
         self.weights, self.norms = [], []
 
-    def on_step_begin(self, args, state, control, model, **_):
-        self.weights.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+    def on_step_begin(self, args, state, control, **_):
+        self.weights.append({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
 
     on_train_end = on_step_begin
 
-    def on_pre_optimizer_step(self, args, state, control, model, **_):
-        gradients = [weight.grad.norm() for weight in model.parameters() if weight.grad is not None]
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        gradients = [weight.grad.norm() for weight in self.model.parameters() if weight.grad is not None]
         self.norms.append(torch.linalg.vector_norm(torch.stack(gradients)).item())
 
 
@@ -43,7 +43,7 @@ def watched(monkeypatch):
     watch = Watch()
 
     def train(*args, **arguments):
-        watch.plan, watch.order = arguments["plan"], list(arguments["sampler"])
+        watch.model, watch.plan, watch.order = args[1], arguments["plan"], list(arguments["sampler"])
         return trainer.train(*args, **arguments, callbacks=[watch])
 
     monkeypatch.setattr(fit, "train", train)
@@ -205,7 +205,7 @@ def test_the_trainer_of_transformers_accumulates_the_gradients_of_a_classifier(
     torch.manual_seed(0)
     model = classifier.build(settings, tokens.vocabulary, tokens.classes).eval()
     cells = Cells(tokens.dataset, 0, rows=np.arange(12), labels=np.arange(12) % 2)
-    model.train = lambda mode=True: model  # no dropout
+    model.train, watch.model = lambda mode=True: model, model  # no dropout
     loss = model(**cells.__getitems__(np.arange(12))).loss
     expected = torch.linalg.vector_norm(
         torch.stack([gradient.norm() for gradient in torch.autograd.grad(loss, list(model.parameters()))])

@@ -1,13 +1,16 @@
 """What frozen layers make of a cell: the same gradients as the whole model, made once, whole or not at all."""
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tuneformer.model import classifier, fit, frozen, strategies
+from tuneformer.model import baselines, classifier, fit, frozen, strategies
 from tuneformer.model.classifier import CellClassifier, Cells
 from tuneformer.model.frozen import Frozen
 
@@ -45,7 +48,7 @@ def test_gradients_are_those_of_the_whole_model(run_settings, tokens, tmp_path, 
     model = classifier.build(settings, tokens.vocabulary, tokens.classes)
     plan = strategies.prepare(settings, model)
     strategies.set_learning(model, plan, plan.learning(0, 10))
-    assert frozen.depth_of(model) == depth
+    assert frozen.depth_of(frozen.body_of(model)) == depth
     cells = Cells(tokens.dataset, 0, labels=np.arange(72) % 2, packed=True)
     below = Frozen(tmp_path / "frozen", 1e9, bf16=False)
     found = []
@@ -75,8 +78,12 @@ def test_seeds_rates_and_arms_share_it(run_settings, tokens, tmp_path, made):
     for changes in ({}, {"seed": 1}, {"learning_rate": 1e-3}, {"strategy": "lp_ft"}):
         fit.fit_cells(run_settings(**{"strategy": "linear_probe", **changes}), tokens, tmp_path / "frozen")
     assert sum(made) == 72
-    fit.fit_cells(run_settings(strategy="linear_probe", pooling="mean"), tokens, tmp_path / "frozen")
-    assert sum(made) == 144
+    probe = run_settings(strategy="linear_probe", pooling="mean")
+    fit.fit_cells(probe, tokens, tmp_path / "frozen")
+    ridge, prepared = run_settings(strategy="frozen_embedding_ridge"), SimpleNamespace(tokens=tokens, cells=None)
+    kept, whole = (baselines.fit(ridge, prepared, folder) for folder in (tmp_path / "frozen", None))
+    assert sum(made) == 72
+    np.testing.assert_allclose(kept.probabilities, whole.probabilities, atol=1e-4)  # the same arithmetic
 
 
 def test_other_weights_share_nothing(run_settings, tokens, tmp_path, made):
@@ -104,7 +111,7 @@ def test_a_killed_job_leaves_no_cell_that_seems_done(tmp_path):
     again.append(np.array([b"c" * 16], object), states[5:], np.array([4]))
     store.refresh()  # another job sees it
     for one in (store, again, frozen._Store(tmp_path, 4)):
-        read = one.read(np.array([b"c" * 16, b"a" * 16], object)).numpy()
+        read = one.rows_of(np.array([b"a" * 16, b"c" * 16], object)).read([1, 0]).numpy()
         assert np.array_equal(read, np.concatenate([states[5:], states[:2]]))
 
 
@@ -114,3 +121,28 @@ def test_above_its_size_nothing_is_kept_and_it_is_said(run_settings, tokens, tmp
     assert outcome.status == "ok"
     assert "their states would take 0.0 GB, and frozen_cache_gb allows 1e-07" in capsys.readouterr().err
     assert sum(path.stat().st_size for path in (tmp_path / "frozen").glob("*/states.bin")) == 0
+
+
+def test_two_processes_fill_it_at_once(run_settings, tokens, tmp_path):
+    """Both read right states, and no cell is computed twice, as the second waits and reads what the first has made."""
+    settings = run_settings(strategy="linear_probe", precision="fp32")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        jobs = [pool.submit(filled_by, settings, tokens, tmp_path / "frozen") for _ in range(2)]
+        found = [job.result(timeout=120) for job in jobs]
+    model = classifier.build(settings, tokens.vocabulary, tokens.classes).eval()
+    with torch.no_grad():
+        expected = model.encode(Cells(tokens.dataset, 0, packed=True).__getitems__(np.arange(72)))
+    for states in found:
+        np.testing.assert_allclose(states, expected, atol=1e-5)  # batches of another shape: some hundred roundings
+    (index,) = tmp_path.glob("frozen/*/index.bin")
+    assert index.stat().st_size == 72 * frozen.RECORD.itemsize
+
+
+def filled_by(settings, tokens, folder):
+    """Fill the folder in a process of its own, and return what it has of each cell."""
+    torch.manual_seed(0)
+    model = classifier.build(settings, tokens.vocabulary, tokens.classes).requires_grad_(False)
+    cells = Cells(tokens.dataset, 0, packed=True)
+    below = Frozen(folder, 1e9, bf16=False)
+    return below.inputs(model, cells, cells.__getitems__(np.arange(72)))["states"].numpy()
