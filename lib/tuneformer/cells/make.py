@@ -159,7 +159,7 @@ def _single_cells(settings: Study) -> Prepared:
     if len(rows) < cells.n_obs:
         tokens, cells = dataclasses.replace(tokens, dataset=tokens.dataset.select(rows)), cells[rows]
     tokens = dataclasses.replace(tokens, step_cells=step_cells)
-    return Prepared(None if qc.has_no_counts(cells) else cells, tokens)
+    return Prepared(None if qc.has_no_counts(cells) else cells[:], tokens)
 
 
 def _write(settings: Study, folder: Path) -> None:
