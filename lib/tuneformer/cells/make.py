@@ -218,7 +218,7 @@ def _synthetic(settings: Study, source: ad.AnnData, folder: Path) -> tuple[ad.An
         samples = bulk.load_bulk(settings, source)
         stratum = pseudobulk.strata(samples, settings.dose_column if settings.dose_column in samples.obs else None)
         depth = float(source.obs["n_counts"][reference].mean())
-        points = synthetic.sample_points(samples, stratum, depth=depth)
+        points = pseudobulk.sample_points(samples, stratum, depth=depth)
         sizes = source.obs["label"].value_counts(sort=False).to_dict()
         numbers = mixture.spread(points.obs["stratum"], points.obs["label"], sizes)
     else:
