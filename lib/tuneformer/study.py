@@ -209,7 +209,10 @@ def jobs(name: str) -> list[Study]:
 
 
 def batch(name: str) -> list[str]:
-    """List the studies of a batch: ``default`` is `REAL` and `MAIN`, ``all`` every demo study, any other name that study."""
+    """List the studies of a batch.
+
+    ``default`` is `REAL` and `MAIN`, ``all`` every demo study, any other name that study.
+    """
     if name == "default":
         return [REAL, MAIN]
     if name != "all":
