@@ -3,7 +3,7 @@
 import gc
 import warnings
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # transformers and datasets load tqdm, which warns in every notebook that ipywidgets (left out on purpose) is missing
 warnings.filterwarnings("ignore", message="IProgress not found")

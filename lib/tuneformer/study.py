@@ -103,7 +103,7 @@ UNDER_REFERENCE = frozenset({"task", "arm", "seed", "fold", "seeds", "threads", 
 """What a run may change and still be checked against ``expected_macro_f1`` of its study."""
 RESOLVED = frozenset({"arms", "tasks", "task", "arm"})
 """What `load_study` works out, and does not take as it is written."""
-MAIN = "demo"
+REAL, MAIN = "pbmc68k", "demo"
 NAMED = {
     "cells": (*STRATEGIES, *BASELINES),
     "genes": (*STRATEGIES, *GENE_BASELINES),
@@ -209,9 +209,12 @@ def jobs(name: str) -> list[Study]:
 
 
 def batch(name: str) -> list[str]:
-    """List the studies of a batch: ``default`` is `MAIN`, ``all`` every demo study, any other name that study."""
+    """List the studies of a batch.
+
+    ``default`` is `REAL` and `MAIN`, ``all`` every demo study, any other name that study.
+    """
     if name == "default":
-        return [MAIN]
+        return [REAL, MAIN]
     if name != "all":
         return [name]
     others = sorted(path.stem for path in paths.PARAMS.glob(f"{MAIN}_*.yaml"))

@@ -280,7 +280,7 @@ def test_a_reference_holds_only_for_the_study_as_its_files_state_it(write):
 def test_a_batch_is_one_study_or_all_demo_studies(write):
     for name, text in {"demo": "", "demo_more": "", "demo_made": "pretrain_output: here\n", "other": ""}.items():
         write(f"arms: {{full: }}\n{text}", name=name)
-    assert batch("default") == ["demo"]
+    assert batch("default") == ["pbmc68k", "demo"]
     assert batch("all") == ["demo", "demo_more"]
     assert batch("other") == ["other"]
 

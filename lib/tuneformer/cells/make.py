@@ -156,8 +156,10 @@ def _single_cells(settings: Study) -> Prepared:
     part = draw(settings, cells.obs)
     rows = np.sort(np.concatenate(list(part.values())))
     step_cells = n_points(settings, _learnable(cells, part)) if settings.steps_of == "pseudobulk" else None
-    tokens = dataclasses.replace(tokens, dataset=tokens.dataset.select(rows), step_cells=step_cells)
-    return Prepared(None if qc.has_no_counts(cells) else cells[rows], tokens)
+    if len(rows) < cells.n_obs:
+        tokens, cells = dataclasses.replace(tokens, dataset=tokens.dataset.select(rows)), cells[rows]
+    tokens = dataclasses.replace(tokens, step_cells=step_cells)
+    return Prepared(None if qc.has_no_counts(cells) else cells[:], tokens)
 
 
 def _write(settings: Study, folder: Path) -> None:
@@ -216,7 +218,7 @@ def _synthetic(settings: Study, source: ad.AnnData, folder: Path) -> tuple[ad.An
         samples = bulk.load_bulk(settings, source)
         stratum = pseudobulk.strata(samples, settings.dose_column if settings.dose_column in samples.obs else None)
         depth = float(source.obs["n_counts"][reference].mean())
-        points = synthetic.sample_points(samples, stratum, depth=depth)
+        points = pseudobulk.sample_points(samples, stratum, depth=depth)
         sizes = source.obs["label"].value_counts(sort=False).to_dict()
         numbers = mixture.spread(points.obs["stratum"], points.obs["label"], sizes)
     else:

@@ -241,6 +241,38 @@ def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator, fo
     return ad.AnnData(made, obs=points.obs.assign(n_counts=np.concatenate(totals)), var=points.var.copy())
 
 
+def bulk_points(cells: ad.AnnData, strata: pd.Series) -> ad.AnnData:
+    """Make one bulk point of each stratum: the mean count of each gene over its cells.
+
+    Returns AnnData (strata that have cells, genes): CSR float64 ``X``; ``var`` of `cells`; ``obs``, named by stratum:
+    label, dose and any other column with one value in each stratum, stratum, n_counts (sum of the means), members
+    (cells).
+    """
+    codes = pd.Categorical(strata).remove_unused_categories()
+    names, first, members = codes.categories, *np.unique(codes.codes, return_index=True, return_counts=True)[1:]
+    means = np.zeros(len(names) * cells.n_vars)
+    for part, values in counts.chunks(cells):
+        stratum = np.repeat(codes.codes[part].astype(np.int64), np.diff(values.indptr))
+        np.add.at(means, stratum * cells.n_vars + values.indices, values.data * (1 / members[stratum]))
+    means = sparse.csr_matrix(means.reshape(len(names), cells.n_vars))
+    obs = shared_columns(cells, strata).iloc[first].set_axis(names.astype(str))
+    obs["stratum"] = pd.Categorical(names, categories=names)
+    obs["n_counts"] = np.asarray(means.sum(axis=1)).ravel()
+    obs["members"] = members
+    return ad.AnnData(means, obs=obs, var=cells.var)
+
+
+def sample_points(samples: ad.AnnData, strata: pd.Series, *, depth: float) -> ad.AnnData:
+    """Make one bulk point of each stratum from real bulk samples: the mean of the shares of its samples, times `depth`.
+
+    How many cells are in a sample is not known, so the point is brought to the depth of a cell (the mean total count of
+    single cells); replicates count the same, however deeply each was sequenced. As `bulk_points`; members are samples.
+    """
+    totals = np.asarray(samples.X.sum(axis=1)).ravel()
+    scaled = sparse.csr_matrix(sparse.diags_array(depth / totals) @ samples.X)
+    return bulk_points(ad.AnnData(scaled, obs=samples.obs, var=samples.var), strata)
+
+
 def shared_columns(cells: ad.AnnData, strata: pd.Series) -> pd.DataFrame:
     """Return the obs columns with one value in each stratum, such as label and dose, which made cells take over."""
     columns = cells.obs.drop(columns=["n_counts", "mito_share", "counts_hash"], errors="ignore")

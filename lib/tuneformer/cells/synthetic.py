@@ -74,8 +74,8 @@ import pandas as pd
 from scipy import sparse, special, stats
 
 from tuneformer.artifacts import UserError
-from tuneformer.cells.pseudobulk import shared_columns
-from tuneformer.data.counts import chunks, collected
+from tuneformer.cells.pseudobulk import bulk_points
+from tuneformer.data.counts import collected
 
 ENTRIES = 1_000_000  # cells x genes worked on at a time, 8 MB an array
 SOURCE_CELLS = 20_000  # most cells of a stratum from which it is estimated how single cells vary
@@ -88,38 +88,6 @@ TRIES = 100  # draws in a row that may give nothing but empty cells
 
 Draw = Callable[[np.ndarray, int, np.random.Generator], sparse.csr_matrix]
 """Draws so many cells around a bulk point (genes,): (cells, genes)."""
-
-
-def bulk_points(cells: ad.AnnData, strata: pd.Series) -> ad.AnnData:
-    """Make one bulk point of each stratum: the mean count of each gene over its cells.
-
-    Returns AnnData (strata that have cells, genes): CSR float64 ``X``; ``var`` of `cells`; ``obs``, named by stratum:
-    label, dose and any other column with one value in each stratum, stratum, n_counts (sum of the means), members
-    (cells).
-    """
-    codes = pd.Categorical(strata).remove_unused_categories()
-    names, first, members = codes.categories, *np.unique(codes.codes, return_index=True, return_counts=True)[1:]
-    means = np.zeros(len(names) * cells.n_vars)
-    for part, values in chunks(cells):
-        stratum = np.repeat(codes.codes[part].astype(np.int64), np.diff(values.indptr))
-        np.add.at(means, stratum * cells.n_vars + values.indices, values.data * (1 / members[stratum]))
-    means = sparse.csr_matrix(means.reshape(len(names), cells.n_vars))
-    obs = shared_columns(cells, strata).iloc[first].set_axis(names.astype(str))
-    obs["stratum"] = pd.Categorical(names, categories=names)
-    obs["n_counts"] = np.asarray(means.sum(axis=1)).ravel()
-    obs["members"] = members
-    return ad.AnnData(means, obs=obs, var=cells.var)
-
-
-def sample_points(samples: ad.AnnData, strata: pd.Series, *, depth: float) -> ad.AnnData:
-    """Make one bulk point of each stratum from real bulk samples: the mean of the shares of its samples, times `depth`.
-
-    How many cells are in a sample is not known, so the point is brought to the depth of a cell (the mean total count of
-    single cells); replicates count the same, however deeply each was sequenced. As `bulk_points`; members are samples.
-    """
-    totals = np.asarray(samples.X.sum(axis=1)).ravel()
-    scaled = sparse.csr_matrix(sparse.diags_array(depth / totals) @ samples.X)
-    return bulk_points(ad.AnnData(scaled, obs=samples.obs, var=samples.var), strata)
 
 
 def generate(
@@ -150,7 +118,7 @@ def generate(
     rank
         Most factors of ``gaussian_full`` and ``nb_copula``.
     points
-        Bulk points to draw around, from `sample_points`; None takes those of `cells`.
+        Bulk points to draw around, from `pseudobulk.sample_points`; None takes those of `cells`.
     folder
         Where ``X`` is kept (`counts.Counts`); None keeps it in memory.
 
@@ -277,10 +245,8 @@ def _sums(counts: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def _fit(source: ad.AnnData, where: str, generator: str, rank: int, rng: np.random.Generator) -> Draw:
     """Estimate from the cells of `where`, at most `SOURCE_CELLS` of them, how single cells vary."""
     if source.n_obs < 2:
-        msg = (
-            f"{generator} takes variances from 2 cells or more, and {where} has {source.n_obs}; give it more cells "
-            "(train_cells), or take the variances of another class (variances: untreated, untreated_class)."
-        )
+        msg = f"{generator} takes variances from 2 cells or more, and {where} has {source.n_obs}; give it more cells "
+        msg += "(train_cells), or take the variances of another class (variances: untreated, untreated_class)."
         raise UserError(msg)
     if source.n_obs > SOURCE_CELLS:
         source = source[np.sort(rng.choice(source.n_obs, SOURCE_CELLS, replace=False))]
@@ -299,22 +265,29 @@ def _draw_all(draw: Draw, mean: np.ndarray, number: int, rng: np.random.Generato
         missing -= part.shape[0]
         left = TRIES if part.shape[0] else left - 1
         if not left:
-            msg = (
-                f"Stratum {stratum!r} has {mean.sum():.3g} counts a cell on average, and {TRIES} draws in a row gave "
-                "cells without any, which have no tokens; leave the stratum out, or raise min_counts."
-            )
+            msg = f"Stratum {stratum!r} has {mean.sum():.3g} counts a cell on average, and {TRIES} draws in a row gave "
+            msg += "cells without any, which have no tokens; leave the stratum out, or raise min_counts."
             raise UserError(msg)
 
 
 def _principal_loadings(values: np.ndarray | sparse.csr_matrix, rank: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the first principal components of `values`, (cells, genes), times their standard deviations, or 0."""
+    """Return the first principal components of `values`, (cells, genes), times their standard deviations, or 0.
+
+    Those of an array, whose columns have mean 0, are found by random projection, as exactly as scores need.
+    """
     from sklearn.decomposition import PCA
+    from sklearn.utils.extmath import randomized_svd
 
     loadings = np.zeros((values.shape[1], rank))
     found = min(rank, min(values.shape) - 1)
     if found > 0:
-        pca = PCA(found, svd_solver="arpack", random_state=int(rng.integers(2**31))).fit(values)
-        loadings[:, :found] = pca.components_.T * np.sqrt(pca.explained_variance_)
+        state = int(rng.integers(2**31))
+        if isinstance(values, np.ndarray):
+            _, sd, axes = randomized_svd(values, found, n_iter=4, random_state=state)
+            loadings[:, :found] = axes.T * sd / np.sqrt(len(values) - 1)
+        else:
+            pca = PCA(found, svd_solver="arpack", random_state=state).fit(values)
+            loadings[:, :found] = pca.components_.T * np.sqrt(pca.explained_variance_)
     return loadings
 
 
@@ -383,14 +356,19 @@ def _normal_scores(
         mean = library[start : start + step, None] * share
         above = np.exp(_log_zero(mean, dispersion))
         below = np.zeros_like(above)
-        rows, columns = np.nonzero(part)
-        size, success = 1 / dispersion[columns], 1 / (1 + dispersion[columns] * mean[rows, columns])
-        below[rows, columns] = special.betainc(size, part[rows, columns], success)
-        above[rows, columns] = special.betainc(size, part[rows, columns] + 1, success)
+        at = np.nonzero(part)
+        count, expected, spread = part[at], mean[at], dispersion[at[1]]
+        below[at], above[at] = above[at], above[at] * (1 + expected / (1 + spread * expected))  # of a count of 1
+        is_more = count > 1
+        at = at[0][is_more], at[1][is_more]
+        size, success = 1 / spread[is_more], 1 / (1 + spread[is_more] * expected[is_more])
+        below[at] = special.betainc(size, count[is_more], success)
+        above[at] = special.betainc(size, count[is_more] + 1, success)
         place = below + (above - below) * rng.random(part.shape)
         scores[start : start + step] = special.ndtri(np.clip(place, 1e-15, 1 - 1e-15))
     scores -= scores.mean(axis=0)
-    return scores / scores.std(axis=0, ddof=1)
+    scores /= np.sqrt(np.einsum("cg,cg->g", scores, scores) / (len(scores) - 1))
+    return scores
 
 
 def _sparse(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_matrix:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from tuneformer import paths
-from tuneformer.artifacts import UserError, key, made, remembered
+from tuneformer.artifacts import UserError, key, made, read_json, remembered, write_json
 from tuneformer.data import counts, readers, sources, splits
 from tuneformer.data.refusals import require_column, require_values
 from tuneformer.study import CellsKeys, Study
@@ -61,19 +61,26 @@ def prepare_cells(settings: Study, cells: ad.AnnData | None = None, flags: pd.Da
 
 
 def _read(settings: Study, number: str) -> ad.AnnData:
-    """Read the stored cells of a task, and split them."""
-    path = paths.cells_dir(settings) / FILE
-    adata = split_cells(
-        counts.read_cells(path, lambda place: readers.counts_of(sources.source_path(settings), place, settings)),
-        settings,
+    """Read the stored cells of a task, and their split, which is drawn once and kept beside them."""
+    folder = paths.cells_dir(settings)
+    adata = counts.read_cells(
+        folder / FILE, lambda place: readers.counts_of(sources.source_path(settings), place, settings)
     )
+    stored = folder / f"split_{number}.json"
+    if not stored.is_file():
+        split = split_cells(adata, settings).obs["split"]
+        text = "".join(map(str, split.cat.codes))
+        write_json(stored, {"parts": list(splits.PARTS), "key": splits.split_key(split), "cells": text})
+    split = read_json(stored)
+    codes = np.frombuffer(split["cells"].encode(), dtype=np.int8) - ord("0")
+    adata.obs["split"] = pd.Categorical.from_codes(codes, split["parts"])
     source = adata.uns["dataset"]
     adata.uns["provenance"] = {
         "key": number,
         "dataset": source["name"],
         "simulated": bool(source["simulated"]),
         "data": source["hash"],
-        "split": splits.split_key(adata.obs["split"]),
+        "split": split["key"],
         "n_cells": adata.n_obs,
         "n_genes": adata.n_vars,
         **adata.uns.get("recognised", {}),

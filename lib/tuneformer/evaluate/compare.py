@@ -228,11 +228,8 @@ def answer(
     runs = runs.assign(is_ceiling=runs["strategy"] == CEILING, n_constant=_constant(runs, predictions))
     flags = dict.fromkeys(["n_runs", "n_failed", "n_constant"], "sum")
     flags |= dict.fromkeys(["is_baseline", "is_control", "is_ceiling"], "any")
-    falls = [
-        shapley.shapley_shares(scored, arms, score=settings.score).assign(k=k)
-        for k, arms in shapley.pseudobulk_factors(settings).items()
-        if settings.kind == "cells"
-    ]
+    factorials = shapley.pseudobulk_factors(settings) if settings.kind == "cells" else {}
+    falls = [shapley.shapley_shares(scored, arms, score=settings.score).assign(k=k) for k, arms in factorials.items()]
     tasks = []
     for task, found in scored.items():
         of_task = runs[runs["task"] == task]

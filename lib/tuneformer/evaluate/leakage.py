@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import compute
 
 from tuneformer import paths
 from tuneformer.artifacts import UserError
 from tuneformer.data import counts, qc
 from tuneformer.study import Study
 from tuneformer.tokens import encode
+from tuneformer.tokens.encode import column, places
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,15 +46,37 @@ def refuse_leaks(prepared: "Prepared", settings: Study) -> None:
         The first check that fails.
     """
     cells = qc.prepare_cells(settings)
-    table = prepared.tokens.dataset.select_columns(["cell", "label", "split"]).to_pandas()
     _refuse(_of_split(cells.obs, settings), settings, paths.task_dir(settings))
+    run = _Run(prepared, cells.obs)
     faults = (
-        _of_parts(table, cells.obs, prepared),
-        _of_sources(table, cells.obs, prepared.tokens.sources, settings),
-        _of_values(table, prepared),
+        _of_parts(run, cells.obs, prepared),
+        _of_sources(run, cells.obs, prepared.tokens.sources, settings),
+        _of_values(run, prepared),
         _of_vocabulary(prepared.tokens, settings, cells),
     )
     _refuse(chain(*faults), settings, paths.task_dir(settings))
+
+
+class _Run:
+    """The cells of a run by numbers, since a million of names as objects take much memory.
+
+    ``place`` of each in the cells of the task (-1: a made cell), code of ``split`` and ``label``; ``names`` as Arrow.
+    """
+
+    def __init__(self, prepared: "Prepared", obs: pd.DataFrame) -> None:
+        dataset = prepared.tokens.dataset
+        self.names = column(dataset, "cell")
+        self.place = places(self.names, pa.array(obs.index, pa.string()))
+        self.split, self.label = (places(column(dataset, name), _classes(obs, name)) for name in ("split", "label"))
+        self.is_test = self.split == _classes(obs, "split").index("test")
+
+    def named(self, rows: np.ndarray) -> list[str]:
+        """Return the names of some cells, given whether each is one of them."""
+        return self.names.filter(pa.array(rows)).to_pylist() if rows.any() else []
+
+
+def _classes(obs: pd.DataFrame, name: str) -> list[str]:
+    return list(map(str, obs[name].cat.categories))
 
 
 def refuse_unfair(outcome: "Outcome", prepared: "Prepared", settings: Study) -> None:
@@ -78,44 +103,47 @@ def _of_split(obs: pd.DataFrame, settings: Study) -> Faults:
     """Check the split of a task."""
     yield "cell names that occur more than once", obs.index[obs.index.duplicated()], "make obs_names unique"
     if settings.group_by is not None:
-        part = obs["split"].astype(str)
+        part = obs["split"]
         if settings.fold is not None:  # validation may be single cells of the training groups
-            part = part.where(part == "test", "train")
-        parts = part.groupby(obs[settings.group_by].astype(str)).nunique()
+            part = part == "test"
+        pairs = pd.DataFrame({"group": obs[settings.group_by], "part": part}).drop_duplicates()
+        parts = pairs["group"].astype(str).value_counts(sort=False)
         yield f"groups of {settings.group_by!r} in more than one part of the split", parts.index[parts > 1], ""
 
 
-def _of_parts(table: pd.DataFrame, obs: pd.DataFrame, prepared: "Prepared") -> Faults:
+def _of_parts(run: _Run, obs: pd.DataFrame, prepared: "Prepared") -> Faults:
     """Check which cells are in which part of a run."""
-    part, label = obs["split"].astype(str), obs["label"].astype(str)
-    real = table[table["cell"].isin(part.index)].set_index("cell")
-    tested = table.loc[table["split"] == "test", "cell"]
-    both = set(tested) & set(table.loc[table["split"] != "test", "cell"])
-    yield "test cells that are trained or validated on", sorted(both), ""
-    moved = real.index[real["split"] != part[real.index]]
-    yield "cells in another part than the split gave them", moved, ""
-    yield "cells with another label than after quality control", real.index[real["label"] != label[real.index]], ""
-    yield "test cells that are tested more than once", tested[tested.duplicated()], ""
-    yield "test cells of the split that are not tested", part.index[part == "test"].difference(tested), ""
-    yield "tested cells that are not real cells", tested[~tested.isin(part.index)], ""
+    is_real, real = run.place >= 0, run.place[run.place >= 0]
+    tested = np.bincount(run.place[is_real & run.is_test], minlength=len(obs))
+    learnt = np.bincount(run.place[is_real & ~run.is_test], minlength=len(obs))
+    yield "test cells that are trained or validated on", obs.index[(tested > 0) & (learnt > 0)], ""
+    for name, what, codes in (
+        ("split", "cells in another part than the split gave them", run.split),
+        ("label", "cells with another label than after quality control", run.label),
+    ):
+        is_other = np.zeros(len(run.place), dtype=bool)
+        is_other[is_real] = codes[is_real] != obs[name].cat.codes.to_numpy()[real]
+        yield what, run.named(is_other), ""
+    yield "test cells that are tested more than once", obs.index[tested > 1], ""
+    yield "test cells of the split that are not tested", obs.index[(obs["split"] == "test") & (tested == 0)], ""
+    yield "tested cells that are not real cells", run.named(run.is_test & ~is_real), ""
     if prepared.cells is not None:
-        names = prepared.cells.obs_names.to_numpy()
-        is_other = names != table["cell"].to_numpy() if len(names) == len(table) else np.ones(len(names), bool)
-        yield "cells whose counts and tokens are not in the same row", names[is_other], ""
+        names = pa.array(prepared.cells.obs_names, pa.string())
+        fits = len(names) == len(run.names)
+        is_other = compute.not_equal(run.names, names).to_numpy() if fits else np.ones(len(names), dtype=bool)
+        yield "cells whose counts and tokens are not in the same row", names.filter(pa.array(is_other)), ""
 
 
-def _of_sources(table: pd.DataFrame, obs: pd.DataFrame, sources: list[str], settings: Study) -> Faults:
+def _of_sources(run: _Run, obs: pd.DataFrame, sources: list[str], settings: Study) -> Faults:
     """Check the real cells that made cells were made from."""
     names = pd.Index(sources)
-    is_test = obs["split"].astype(str) == "test"
-    yield "test cells that made cells are made of", names[names.isin(obs.index[is_test])], ""
+    yield "test cells that made cells are made of", names[names.isin(obs.index[obs["split"] == "test"])], ""
     yield "sources of made cells that are no cells of the task", names[~names.isin(obs.index)], ""
-    made = table.loc[~table["cell"].isin(obs.index), "cell"]
     if not sources and settings.train_set != "bulk":  # samples of another experiment are made of no cell
-        yield "made cells of unknown sources", made, ""
+        yield "made cells of unknown sources", run.named(run.place < 0), ""
 
 
-def _of_values(table: pd.DataFrame, prepared: "Prepared") -> Faults:
+def _of_values(run: _Run, prepared: "Prepared") -> Faults:
     """Look for test cells with the very counts, or tokens, of a cell that is trained or validated on."""
     if prepared.cells is not None:
         what, known = "counts", prepared.cells.obs.get("counts_hash")  # quality control has read them all
@@ -125,10 +153,13 @@ def _of_values(table: pd.DataFrame, prepared: "Prepared") -> Faults:
         batches = (batch["input_ids"].combine_chunks() for batch in lists.iter(counts.CELLS))
         parts = (counts.list_hashes(ids.offsets.to_numpy(), ids.values.to_numpy()) for ids in batches)
     hashes = np.concatenate(list(parts))
-    is_test = (table["split"] == "test").to_numpy()
-    learnt = np.setdiff1d(hashes[~is_test], [0])
-    same = table["cell"][is_test][np.isin(hashes[is_test], learnt)]
-    yield f"test cells with the {what} of a cell that is trained on", same, "drop repeated cells before the split"
+    same = run.is_test & (hashes != 0)
+    same[same] = places(pa.array(hashes[same]), pa.array(hashes[~run.is_test])) >= 0
+    yield (
+        f"test cells with the {what} of a cell that is trained on",
+        run.named(same),
+        "drop repeated cells before the split",
+    )
 
 
 def _of_vocabulary(tokens: "Tokens", settings: Study, cells: "AnnData") -> Faults:

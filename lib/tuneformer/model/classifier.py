@@ -27,11 +27,11 @@ from tuneformer.data import fetch
 from tuneformer.model import attention as attention  # registers itself with transformers
 from tuneformer.model import hardware, losses, strategies
 from tuneformer.paths import shown
+from tuneformer.tokens.encode import column
 from tuneformer.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
     from tuneformer.study import Study
 
@@ -300,11 +300,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         batch = {name: one.pin_memory() if torch.is_tensor(one) else one for name, one in batch.items()}
     return {name: one.to(device, non_blocking=True) if torch.is_tensor(one) else one for name, one in batch.items()}
-
-
-def column(dataset: "datasets.Dataset", name: str) -> "pa.ChunkedArray":
-    """Return one column of a dataset as Arrow has it: no object of Python for each cell."""
-    return dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
 @torch.inference_mode()

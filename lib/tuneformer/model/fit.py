@@ -5,7 +5,7 @@ model. How a model is trained, whatever it is trained on, is in `tuneformer.mode
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +20,12 @@ from torch.utils.data import Sampler, WeightedRandomSampler
 
 from tuneformer.artifacts import UserError
 from tuneformer.model import classifier, hardware, losses, strategies
-from tuneformer.model.classifier import Batch, Cells, column
+from tuneformer.model.classifier import Batch, Cells
 from tuneformer.model.frozen import Frozen
 from tuneformer.model.trainer import Training, TrainingFailed, train
+from tuneformer.tokens.encode import column, places
 
 if TYPE_CHECKING:
-    import datasets
-
     from tuneformer.study import Study
     from tuneformer.tokens.encode import Tokens
 
@@ -77,7 +76,7 @@ def fit_cells(settings: "Study", tokens: "Tokens", frozen: Path | None = None) -
         A class lacks cells in a part, or the checkpoint, the device or the strategy cannot be used.
     """
     rows, classes = rows_of_splits(settings, tokens), list(tokens.classes)
-    labels = codes(tokens.dataset, "label", classes)
+    labels = places(column(tokens.dataset, "label"), classes)
     outcome = Outcome(classes=classes, **{f"n_{split}": len(at) for split, at in rows.items()})
     if settings.sampling == "upsampled":  # here, after every split: a copy of a training cell is a training cell
         rows["train"] = upsampled(rows["train"], labels[rows["train"]], np.random.default_rng([settings.seed, 6]))
@@ -160,20 +159,14 @@ def rows_of_splits(settings: "Study", tokens: "Tokens") -> dict[str, np.ndarray]
         label, split = empty.index[0]
         msg = f"Class {label!r} has no {split} cells; give it more cells, or leave it out of classes."
         raise UserError(msg)
-    split = codes(tokens.dataset, "split", SPLITS)
+    split = places(column(tokens.dataset, "split"), SPLITS)
     return {name: np.flatnonzero(split == number) for number, name in enumerate(SPLITS)}
-
-
-def codes(dataset: "datasets.Dataset", name: str, values: Sequence[str]) -> np.ndarray:
-    """Return the place of each text of a column among `values`, (rows,); -1 where it is none of them."""
-    from pyarrow import array, compute
-
-    return compute.index_in(column(dataset, name), array(values)).fill_null(-1).to_numpy()
 
 
 def cells_table(tokens: "Tokens") -> pd.DataFrame:
     """Count the cells of a run by class (rows, and "all") and part (columns train, validation, test)."""
-    label, split = codes(tokens.dataset, "label", tokens.classes), codes(tokens.dataset, "split", SPLITS)
+    known = {"label": tokens.classes, "split": SPLITS}
+    label, split = (places(column(tokens.dataset, name), values) for name, values in known.items())
     counts = np.zeros((len(tokens.classes), len(SPLITS)), dtype=int)
     np.add.at(counts, (label, split), 1)
     counts = pd.DataFrame(counts, index=list(tokens.classes), columns=list(SPLITS))

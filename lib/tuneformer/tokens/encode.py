@@ -6,7 +6,7 @@ memory does not grow with their number. Nothing is compiled: numpy's two sorts p
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from pyarrow import compute
 from scipy import sparse
 
 from tuneformer import artifacts, paths
@@ -167,7 +168,8 @@ def single_cell_tokens(settings: Study, cells: "AnnData | None" = None) -> Token
         write(folder, Tokens(dataset, vocabulary, list(cells.obs["label"].cat.categories)))
 
     tokens = read(artifacts.made(paths.tokens_dir(settings), tokens_key(settings), make))
-    split = pa.array(cells.obs["split"].astype(str), pa.string())
+    split = cells.obs["split"].cat
+    split = pa.DictionaryArray.from_arrays(split.codes, list(split.categories)).cast(pa.string())
     return replace(tokens, dataset=tokens.dataset.add_column("split", split, new_fingerprint=uuid4().hex[:16]))
 
 
@@ -193,6 +195,17 @@ def read(folder: Path) -> Tokens:
     rest = artifacts.read_json(folder / "tokens.json")
     key = artifacts.stored_key(folder) or ""
     return Tokens(datasets.load_from_disk(folder), Vocabulary.read(folder), key=key, **rest)
+
+
+def column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """Return one column of a dataset as Arrow has it: no object of Python for each cell."""
+    return dataset.select_columns([name]).with_format("arrow")[:][name]
+
+
+def places(texts: pa.Array | pa.ChunkedArray, values: Sequence[str] | pa.Array) -> np.ndarray:
+    """Return the place of each of `texts` among `values`; -1 where it is none of them."""
+    values = values if isinstance(values, pa.Array) else pa.array(values, pa.string())
+    return compute.index_in(texts, values).fill_null(-1).to_numpy()
 
 
 def refuse_unmapped(adata: "AnnData", vocabulary: Vocabulary) -> None:

@@ -119,8 +119,8 @@ def test_the_controls_of_a_pseudobulk_differ_from_it_in_one_thing(demo_cells, ma
 
 
 def test_points_that_share_cells_are_as_many_as_single_cells(demo_cells, made_settings):
-    made, step_cells, sources = make.make_cells(made_settings(**MADE["sharing"]), demo_cells)
-    few = make.make_cells(made_settings(**MADE["sharing, few steps"]), demo_cells)
+    made, step_cells, sources = make_cells(made_settings(**MADE["sharing"]), demo_cells)
+    few = make_cells(made_settings(**MADE["sharing, few steps"]), demo_cells)
     for name in ("train", "validation"):
         points, singles = part(made, name), part(demo_cells, name)
         assert points.obs["label"].value_counts().to_dict() == singles.obs["label"].value_counts().to_dict()
@@ -128,7 +128,7 @@ def test_points_that_share_cells_are_as_many_as_single_cells(demo_cells, made_se
     thinned, singles = part(few[0], "train"), part(demo_cells, "train")
     assert np.median(thinned.obs["n_counts"]) == pytest.approx(np.median(singles.obs["n_counts"]), rel=0.03)
     assert set(sources) == set(part(demo_cells, "train", "validation").obs_names)
-    own = make.make_cells(made_settings(**POINTS), demo_cells)[0]
+    own = make_cells(made_settings(**POINTS), demo_cells)[0]
     assert (step_cells, few[1]) == (None, (own.obs["split"] == "train").sum())
 
 

@@ -623,7 +623,14 @@ def test_no_interval_leaves_the_range_of_the_score():
 
 def settings_of(**changes):
     """What is read of a study."""
-    known = {"study": "made_up", "question": "Which?", "simulated": True, "kind": "cells", "score": "macro_f1"}
+    known = {
+        "study": "made_up",
+        "question": "Which?",
+        "simulated": True,
+        "kind": "cells",
+        "arms": {},
+        "score": "macro_f1",
+    }
     return SimpleNamespace(**{**known, "margin": MARGIN, "tasks": ["drugs"], "group_by": None, **changes})
 
 

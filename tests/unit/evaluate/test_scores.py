@@ -178,7 +178,7 @@ def test_what_a_test_set_cannot_say_is_nan():
 
 def test_doses_are_read_from_the_names_of_classes():
     for task, doses in {"nutlin_4class": [0.25, 2.5, 25, 125], "nutlin_2class": [0, 25]}.items():
-        assert dose_values(load_study("demo", task=task).classes).tolist() == doses
+        assert dose_values(load_study("demo_strategies", task=task).classes).tolist() == doses
     cells = simulate_sciplex2(500, seed=0).obs.dropna()
     labels = cells["dose_label"].astype(str).unique()
     by_label = cells.groupby("dose_label", observed=True)["dose_um"].first()
@@ -250,7 +250,7 @@ def test_groups_of_classes_are_scored_by_the_sum_of_their_probabilities():
     assert found["accuracy"] == 2 / 4
     wrong = score(["c", "b", "c", "d"], probabilities, classes, groups=groups)
     assert wrong["group_macro_f1"] == pytest.approx((2 * 1 * 0.5 / 1.5 + 2 * 1 * 0.5 / 1.5) / 2)
-    task = load_study("demo", task="nutlin_4class")
+    task = load_study("demo_strategies", task="nutlin_4class")
     assert task.ordered
     assert {name for names in task.groups.values() for name in names} == set(task.classes)
 

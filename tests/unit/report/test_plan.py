@@ -67,7 +67,7 @@ def test_the_lines_of_a_simulated_study(settings, capsys):
     assert "             pseudo-bulk of 10: pseudobulk_k10 against full" in lines
     assert "  downloads  none" in lines
     model = (paths.ASSETS / "demo_checkpoint" / "model.safetensors").stat().st_size
-    needed = 2 * 6000 * 128 * 7 + 10 * model + 36 * plan.RUN_BYTES
+    needed = 2 * 6000 * 192 * 7 + 10 * model + 36 * plan.RUN_BYTES
     assert any(
         line.startswith(f"  disk       {needed / 1e6:,.0f} MB (rough), of which {10 * model / 1e6:,.0f}")
         for line in lines

@@ -332,9 +332,9 @@ def test_a_cell_is_explained_gene_by_gene(small):
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    """A task on a few simulated cells, with a checkpoint that knows 1,500 of their 2,000 genes."""
+    """A task on a few simulated cells, with a checkpoint that knows 700 of their 900 genes."""
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    genes = simulate.make_universe().var["ensembl_id"][:1500]
+    genes = simulate.make_universe().var["ensembl_id"][:700]
     make_vocabulary(dict.fromkeys(genes, 2.0)).write(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
     return {"name": "tiny", "checkpoint": str(tmp_path / "checkpoint"), "demo_cells": 400}
@@ -375,7 +375,7 @@ def test_tokens_are_made_again_when_what_they_depend_on_changes(task):
     first = single_cell_tokens(load_study(**task))
     shorter = single_cell_tokens(load_study(**task, max_length=30))
     assert (max(shorter.dataset["length"]), shorter.key == first.key) == (30, False)
-    vocabulary = first.vocabulary.genes.assign(median=np.arange(1.0, 1501.0))
+    vocabulary = first.vocabulary.genes.assign(median=np.arange(1.0, 701.0))
     folder = paths.user_path(task["checkpoint"])
     Vocabulary(genes=vocabulary, specials=SPECIALS_V1, aliases={}).write(folder)
     again = single_cell_tokens(load_study(**task))

@@ -59,7 +59,7 @@ def folder(tmp_path):
     return write
 
 
-def read(path, vocabulary, *, max_length=128, cells=range(240)):
+def read(path, vocabulary, *, max_length=192, cells=range(240)):
     cells = [f"row{row}" for row in cells]
     return official.read_dataset(path, cells, vocabulary, max_length=max_length, columns={"label": ["x"] * len(cells)})
 
@@ -80,8 +80,8 @@ def test_a_task_on_such_cells_keeps_their_tokens_and_splits_by_individual(folder
     assert list(made["label"]) == list(hearts["disease"])
     assert list(made["group"]) == list(hearts["individual"])
     assert list(made["split"]) == list(cells.obs["split"])
-    assert [list(ids) for ids in made["input_ids"]] == [ids[:128] for ids in hearts["input_ids"]]
-    assert made["length"].tolist() == hearts["length"].clip(upper=128).tolist()
+    assert [list(ids) for ids in made["input_ids"]] == [ids[:192] for ids in hearts["input_ids"]]
+    assert made["length"].tolist() == hearts["length"].clip(upper=192).tolist()
     assert tokens.dataset.features["input_ids"] == datasets.List(datasets.Value("int32"))
 
 
@@ -91,13 +91,13 @@ def test_a_selection_takes_the_tokens_of_its_rows(folder, hearts):
     made = single_cell_tokens(study(folder(hearts), **options)).dataset.to_pandas()
     expected = hearts[(hearts["cell_type"] == "Fibroblast") & hearts["disease"].isin(["nf", "dcm"])]
     assert list(made["cell"]) == [f"row{number}" for number in expected.index]
-    assert [list(ids) for ids in made["input_ids"]] == [ids[:128] for ids in expected["input_ids"]]
+    assert [list(ids) for ids in made["input_ids"]] == [ids[:192] for ids in expected["input_ids"]]
 
 
 def test_cells_are_found_by_their_names_where_they_have_some(folder, hearts, demo):
     path = folder(hearts.assign(cell=[f"barcode{row}" for row in range(240)]))
-    found = official.read_dataset(path, ["barcode7", "barcode3"], demo, max_length=128, columns={})
-    assert found["input_ids"][:] == [hearts["input_ids"][row][:128] for row in (7, 3)]
+    found = official.read_dataset(path, ["barcode7", "barcode3"], demo, max_length=192, columns={})
+    assert found["input_ids"][:] == [hearts["input_ids"][row][:192] for row in (7, 3)]
 
 
 def test_tokens_of_another_vocabulary_are_refused(folder, hearts, demo):
@@ -149,7 +149,7 @@ def test_our_tokens_suit_the_official_classifier(tmp_path):
     labelled = known.rename_column("treatment", "label").map(lambda cell: {"label": numbers[cell["label"]]})
     assert labelled.features["label"].dtype == "int64"
     assert labelled["label"][:5] == [numbers[name] for name in known["treatment"][:5]]
-    back = official.read_dataset(path, ours["cell"][:3], tokens.vocabulary, max_length=128, columns={})
+    back = official.read_dataset(path, ours["cell"][:3], tokens.vocabulary, max_length=192, columns={})
     assert back["input_ids"][:] == ours["input_ids"][:3]  # and they can come back in
 
 
