@@ -155,7 +155,7 @@ def aggregate(
     members = np.arange(cells.n_obs) if members is None else members
     sizes = np.bincount(groups)
     divisor = {"sum": np.ones(len(sizes)), "mean": sizes, "approx_mean": np.full(len(sizes), k)}[how]
-    by_cell, totals = np.argsort(members, kind="stable"), []
+    by_cell = np.argsort(members, kind="stable")
     begins = np.searchsorted(members[by_cell], np.arange(cells.n_obs + 1))  # of the groups of each cell
 
     def entries() -> Iterator[counts.Entries]:
@@ -172,15 +172,14 @@ def aggregate(
                 msg = f"A gene has {sums.data.max():,.0f} counts in one point; sums are exact up to {EXACT:,}: lower k."
                 raise UserError(msg)
             sums.data /= np.repeat(divisor[first : first + sums.shape[0]], np.diff(sums.indptr))
-            totals.append(np.asarray(sums.sum(axis=1)).ravel())
             yield sums.astype(np.float32) if how == "sum" else sums
 
-    made = counts.collected(points(), folder)
+    made, totals = counts.collected(points(), folder)
     members = members[np.argsort(groups, kind="stable")]
     first = np.cumsum(sizes) - sizes  # place in `members` where each group begins
     names = np.split(cells.obs_names.to_numpy(object)[members], first[1:])
     obs = _obs(cells, members[first], strata, name).assign(
-        n_counts=np.concatenate(totals), members=sizes, member_names=list(map(SEPARATOR.join, names))
+        n_counts=totals, members=sizes, member_names=list(map(SEPARATOR.join, names))
     )
     return ad.AnnData(made, obs=obs, var=cells.var.copy())
 
@@ -199,16 +198,11 @@ def one_per_group(
     order = rng.permutation(len(groups))
     rows = order[np.unique(groups[order], return_index=True)[1]]
     rows = rows if members is None else members[rows]
-    totals = []
 
-    def drawn() -> Iterator[sparse.csr_matrix]:
-        for _, values in counts.chunks(cells[rows]):
-            totals.append(np.asarray(values.sum(axis=1, dtype=np.float64)).ravel())
-            yield values.astype(np.float32)
-
-    made = counts.collected(drawn(), folder)
+    drawn = (values.astype(np.float32) for _, values in counts.chunks(cells[rows]))
+    made, totals = counts.collected(drawn, folder)
     obs = _obs(cells, rows, strata, name).assign(
-        n_counts=np.concatenate(totals), members=1, member_names=cells.obs_names.to_numpy(object)[rows]
+        n_counts=totals, members=1, member_names=cells.obs_names.to_numpy(object)[rows]
     )
     return ad.AnnData(made, obs=obs, var=cells.var.copy())
 
@@ -221,7 +215,6 @@ def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator, fo
     same groups. Returns a copy of `points` with thinned ``X`` (float32) and the new ``obs["n_counts"]``; values that
     are not whole, as in means, are a UserError.
     """
-    totals = []
 
     def thinned() -> Iterator[sparse.csr_matrix]:
         for part, whole in counts.chunks(points):
@@ -234,11 +227,10 @@ def thin(points: ad.AnnData, depths: np.ndarray, *, rng: np.random.Generator, fo
             kept = np.repeat(np.minimum(1, depths[part] / np.maximum(before, 1)), np.diff(values.indptr))
             values.data = rng.binomial(values.data.astype(np.int64), kept).astype(float)
             values.eliminate_zeros()
-            totals.append(np.asarray(values.sum(axis=1)).ravel())
             yield values.astype(np.float32)
 
-    made = counts.collected(thinned(), folder)
-    return ad.AnnData(made, obs=points.obs.assign(n_counts=np.concatenate(totals)), var=points.var.copy())
+    made, totals = counts.collected(thinned(), folder)
+    return ad.AnnData(made, obs=points.obs.assign(n_counts=totals), var=points.var.copy())
 
 
 def bulk_points(cells: ad.AnnData, strata: pd.Series) -> ad.AnnData:

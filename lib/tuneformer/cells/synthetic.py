@@ -140,7 +140,6 @@ def generate(
     if not len(wanted):
         msg = "No synthetic cell is asked for; ask for 1 or more in some stratum."
         raise UserError(msg)
-    totals = []
 
     def drawn() -> Iterator[sparse.csr_matrix]:
         if reference is not None:
@@ -153,13 +152,12 @@ def generate(
             if reference is None:
                 draw = _fit(cells[(strata == stratum).to_numpy()], f"stratum {stratum!r}", generator, rank, rng)
             for values in _draw_all(draw, mean, int(number), rng, stratum):
-                totals.append(np.asarray(values.sum(axis=1, dtype=np.float64)).ravel())
                 yield values.astype(np.float32)
 
-    made = collected(drawn(), folder)
+    made, totals = collected(drawn(), folder)
     obs = points.obs.loc[np.repeat(wanted.index.astype(str), wanted)].copy()
     obs.index = [f"{name}_{number:05d}" for number in range(1, len(obs) + 1)]
-    obs["n_counts"] = np.concatenate(totals)
+    obs["n_counts"] = totals
     return ad.AnnData(made, obs=obs.assign(members=1, member_names=""), var=cells.var)
 
 

@@ -303,13 +303,24 @@ def write(path: Path, blocks: Iterable[sparse.csr_matrix]) -> None:
                 ad.io.write_elem(file, "X", first, dataset_kwargs={"compression": "lzf"})
 
 
-def collected(blocks: Iterable[sparse.csr_matrix], folder: Path | None) -> sparse.csr_matrix | Counts:
-    """Put blocks of rows below each other: in memory, or in a new file in `folder`."""
+def collected(
+    blocks: Iterable[sparse.csr_matrix], folder: Path | None
+) -> tuple[sparse.csr_matrix | Counts, np.ndarray]:
+    """Put blocks of rows below each other, in memory or in a new file in `folder`; return also the sum of each row."""
+    totals = []
+
+    def summed() -> Iterator[sparse.csr_matrix]:
+        for block in blocks:
+            totals.append(np.asarray(block.sum(axis=1, dtype=np.float64)).ravel())
+            yield block
+
     if folder is None:
-        return sparse.vstack(list(blocks), format="csr")
-    path = Path(tempfile.mkdtemp(dir=folder)) / "counts.h5"
-    write(path, blocks)
-    return Counts(path)
+        matrix = sparse.vstack(list(summed()), format="csr")
+    else:
+        path = Path(tempfile.mkdtemp(dir=folder)) / BY_ROWS
+        write(path, summed())
+        matrix = Counts(path)
+    return matrix, np.concatenate(totals)
 
 
 def write_cells(path: Path, cells: ad.AnnData) -> None:

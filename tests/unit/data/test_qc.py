@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from tuneformer import paths
+from tuneformer import artifacts, paths
 from tuneformer.artifacts import stored_key
 from tuneformer.data import counts, qc, simulate, sources
 from tuneformer.study import load_study
@@ -140,9 +140,12 @@ def test_prepared_cells_are_counts_with_class_split_and_provenance(prepared):
 
 def test_cells_that_are_there_are_read_and_not_made_again(prepared, monkeypatch):
     settings, made = prepared
+    monkeypatch.setattr(artifacts, "_REMEMBERED", {})  # as in another process
     monkeypatch.setattr(sources, "load", lambda _: pytest.fail("made again"))
+    monkeypatch.setattr(qc, "split_cells", lambda *_: pytest.fail("split again"))
     read = qc.prepare_cells(settings)
     assert read.obs["split"].equals(made.obs["split"])
+    assert read.uns["provenance"] == made.uns["provenance"]
     assert read.obs["label"].equals(made.obs["label"])
     assert (read[:].X != made[:].X).nnz == 0
 
