@@ -1,4 +1,4 @@
-# make report                the demo study and the page              make lab     the notebooks in JupyterLab
+# make report                blood cells, demo, and the page            make lab     the notebooks in JupyterLab
 # make report STUDY=<name>   one study (a file in params/); STUDY=all: all demo studies
 # make report PROFILE=slurm  the same on a cluster (profiles/slurm)   make report JOBS=2: so many jobs at a time
 # make report STUDY=own_data DATA=cells.h5ad LABEL=celltype           your own cells
