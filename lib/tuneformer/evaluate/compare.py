@@ -19,6 +19,7 @@ from tuneformer.evaluate.telling import (
     HIGHER,
     LEAST_KNOWN,
     LOWER,
+    MOST_CONSTANT,
     MOST_SEEDS,
     MOST_TIMES,
     SAME,
@@ -221,11 +222,12 @@ def answer(
     options: dict[str, Any] = {"score": settings.score, "fixed_model": is_compression and runs["seed"].nunique() == 1}
     if any(found.folds for found in scored.values()):
         options["n_train"] = runs[is_ok].groupby(["task", "arm"], observed=True)["n_train"].mean().to_dict()
-    judged = judge(scored, declared, margin=settings.margin, withheld=_unknown_genes(runs, declared), **options)
+    runs = runs.assign(n_constant=_constant(runs, predictions))
+    judged = judge(scored, declared, margin=settings.margin, withheld=_untold(runs, declared), **options)
     means = arm_scores(scored, **options)
     runs = runs.assign(n_runs=is_ok, n_failed=~is_ok, is_control=runs["strategy"] == CONTROL)
     runs["is_baseline"] = runs["strategy"].isin({*BASELINES, *GENE_BASELINES} - {CEILING})
-    runs = runs.assign(is_ceiling=runs["strategy"] == CEILING, n_constant=_constant(runs, predictions))
+    runs = runs.assign(is_ceiling=runs["strategy"] == CEILING)
     flags = dict.fromkeys(["n_runs", "n_failed", "n_constant"], "sum")
     flags |= dict.fromkeys(["is_baseline", "is_control", "is_ceiling"], "any")
     factorials = shapley.pseudobulk_factors(settings) if settings.kind == "cells" else {}
@@ -325,17 +327,33 @@ def _constant(runs: pd.DataFrame, predictions: pd.DataFrame) -> np.ndarray:
     return rows.isin(pd.MultiIndex.from_frame(constant))
 
 
-def _unknown_genes(runs: pd.DataFrame, declared: Iterable[Contrast]) -> dict[tuple[str, str, str], str]:
-    """Say of which contrasts with the control nothing follows, as the checkpoint knows too few of the genes."""
+def _untold(runs: pd.DataFrame, declared: Iterable[Contrast]) -> dict[tuple[str, str, str], str]:
+    """Say of which contrasts with the control nothing follows on pre-training.
+
+    The checkpoint knows too few of the genes, or too many runs of one side never left one class: then what is compared
+    is whether training got going within its steps.
+    """
     found = {}
-    for task, rows in runs.reindex(columns=["task", "arm", "strategy", "known_genes"]).groupby("task", sort=False):
-        by_arm = rows.groupby("arm")[["known_genes", "strategy"]].first()
+    columns = ["task", "arm", "strategy", "known_genes", "n_constant"]
+    for task, rows in runs.reindex(columns=columns).groupby("task", sort=False):
+        by_arm = rows.groupby("arm").agg({"known_genes": "first", "strategy": "first", "n_constant": ["sum", "size"]})
+        by_arm.columns = ["known_genes", "strategy", "n_constant", "n_runs"]
         for one in declared:
             ends = by_arm.reindex([one.reference, one.arm])
-            share = ends["known_genes"].astype(float).max()
-            if CONTROL in set(ends["strategy"]) and share < LEAST_KNOWN:
-                why = f"the checkpoint knows {share:.0%} of the genes, too few to say what its pre-training does"
-                found[str(task), one.reference, one.arm] = why
+            if CONTROL not in set(ends["strategy"]):
+                continue
+            place, share = (str(task), one.reference, one.arm), ends["known_genes"].astype(float).max()
+            stuck = ends[ends["n_constant"] > MOST_CONSTANT * ends["n_runs"]]
+            if share < LEAST_KNOWN:
+                found[place] = (
+                    f"the checkpoint knows {share:.0%} of the genes, too few to say what its pre-training does"
+                )
+            elif len(stuck):
+                name, worst = stuck.index[0], stuck.iloc[0]
+                found[place] = (
+                    f"{worst['n_constant']:.0f} of {worst['n_runs']:.0f} runs of {name} never left one class, so that "
+                    "the steps were too few to compare what they lead to"
+                )
     return found
 
 

@@ -506,6 +506,18 @@ def test_a_verdict_on_pretraining_is_withheld_where_the_checkpoint_knows_few_gen
     assert found["tasks"][0]["contrasts"][1]["p_holm"] == found["tasks"][0]["contrasts"][1]["p"]
 
 
+def test_a_verdict_on_pretraining_is_withheld_where_the_control_never_got_going():
+    pairs = contrasts_of(("random_init", "full"), ("logistic_counts", "full"))
+    for stuck, verdict in (([0], "higher"), ([0, 1], "withheld")):
+        rng = np.random.default_rng(33)
+        rows = study_of(rng, {"random_init": 0.3, "full": 0.9, "logistic_counts": 0.5}, seeds=4)
+        rows.loc[(rows["arm"] == "random_init") & rows["seed"].isin(stuck), "predicted"] = "0"
+        task = compare.answer(settings_of(), runs_of(rows), rows, declared=pairs)["tasks"][0]
+        assert [one["verdict"] for one in task["contrasts"]] == [verdict, "higher"]
+    assert "2 of 4 runs of random_init never left one class" in task["contrasts"][0]["why"]
+    assert any(line.startswith("No verdict on pre-training") for line in task["recommendation"])
+
+
 def test_runs_that_call_every_cell_the_same_are_counted():
     rows = study_of(np.random.default_rng(31), {"full": 0.9, "bce": 0.8, "bayes": 0.95}, seeds=3)
     rows.loc[(rows["arm"] == "bce") & (rows["seed"] != 1), "predicted"] = "0"
