@@ -363,7 +363,7 @@ def test_the_answer_compares_each_variant_with_the_model_as_it_was(settings_of):
     settings = settings_of(kind="compression")
     runs = pd.DataFrame(
         {"task": settings.task, "arm": list(called), "strategy": "full", "seed": 0, "status": "ok", "n_train": 48}
-    )
+    ).assign(fold=None)
     place = {"task": settings.task, "seed": 0, "fold": None, "label": labels, "cell": [f"c{n}" for n in range(120)]}
     predictions = pd.concat([pd.DataFrame({**place, "arm": arm, "predicted": of}) for arm, of in called.items()])
     (task,) = compare.answer(settings, runs, predictions)["tasks"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from tuneformer import paths
 from tuneformer.model import baselines, classifier, fit, frozen, strategies
 from tuneformer.model.classifier import CellClassifier, Cells
 from tuneformer.model.frozen import Frozen
@@ -123,9 +124,10 @@ def test_above_its_size_nothing_is_kept_and_it_is_said(run_settings, tokens, tmp
     assert sum(path.stat().st_size for path in (tmp_path / "frozen").glob("*/states.bin")) == 0
 
 
-def test_two_processes_fill_it_at_once(run_settings, tokens, tmp_path):
+def test_two_processes_fill_it_at_once(run_settings, tokens, tmp_path, monkeypatch):
     """Both read right states, and no cell is computed twice, as the second waits and reads what the first has made."""
     settings = run_settings(strategy="linear_probe", precision="fp32")
+    monkeypatch.syspath_prepend(paths.ROOT)  # where the new processes find this file
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         jobs = [pool.submit(filled_by, settings, tokens, tmp_path / "frozen") for _ in range(2)]
