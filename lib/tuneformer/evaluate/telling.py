@@ -73,9 +73,9 @@ def recommendations(task: Mapping[str, Any]) -> list[str]:
     """Say in plain words what follows from one task of an answer for someone who wants to use it.
 
     Arms that declared contrasts connect are one choice. An arm is recommended if it is the only one of them that no
-    contrast finds lower than another. So a wrong arm is recommended only if a verdict is wrong, which Holm's correction
-    keeps to `ALPHA` a study. The control and the ceiling cannot be chosen; contrasts with them say what pre-training
-    does. What is left open is said with what would decide it.
+    contrast finds lower than another; several are if each of them is higher than another. So a wrong arm is recommended
+    only if a verdict is wrong, which Holm's correction keeps to `ALPHA` a study. The control and the ceiling cannot be
+    chosen; contrasts with them say what pre-training does. What is left open is said with what would decide it.
     """
     arms = {one["arm"]: one for one in task["arms"]}
     usable = {name for name, one in arms.items() if not (one["is_control"] or one["is_ceiling"])}
@@ -137,7 +137,8 @@ def _choice(between: Sequence[Mapping[str, Any]], arms: Mapping[str, Mapping[str
         more = f", and so did {len(own) - SHOWN} more" if len(own) > SHOWN else ""
         others = [f"{loser} scored lower than {winner}" for loser, winner in lost if winner != best[0]]
         return [f"Use {plainly(best[0])}: {', '.join(own[:SHOWN])}{more}{'; ' * bool(others)}{', '.join(others)}."]
-    said = []
+    winners = {winner for _, winner in lost}
+    said = [f"Use {' or '.join(map(plainly, best))}; no contrast tells which."] if best and {*best} <= winners else []
     for verdict in (UNDECIDED, SAME, WITHHELD):
         found = [one for one in between if one["verdict"] == verdict and not {one["arm"], one["reference"]} & losers]
         said += [_pair(one) for one in found] if len(found) <= SHOWN else [_many(found, [*arms])]

@@ -100,6 +100,12 @@ def test_two_arms_that_are_not_beaten_leave_the_choice_open():
     assert alike[0] == "b and a score the same within 0.03: take the cheaper."
 
 
+def test_several_arms_that_each_beat_another_are_recommended_together():
+    said = recommendations(task_of(("a", "c", "lower"), ("b", "c", "lower"), a=0.5, b=0.52, c=0.3))
+    assert said[0] == "Use b or a; no contrast tells which."
+    assert said[1].startswith("c scored lower than a (-0.200, -0.240 to -0.160), b (")
+
+
 def test_many_contrasts_with_one_arm_are_said_together():
     found = [("fp32", f"v{number}", "same") for number in range(4)] + [("fp32", "w", "not decided")]
     said = recommendations(task_of(*found, fp32=0.5, w=0.49, **{f"v{number}": 0.5 for number in range(4)}))
