@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from tuneformer import paths
-from tuneformer.artifacts import UserError, key, made, read_json, write_json
+from tuneformer.artifacts import UserError, key, made, read_json, stored_key, write_json
 from tuneformer.data import fetch
 from tuneformer.model import fit, losses
 from tuneformer.model.classifier import CellClassifier, Cells
@@ -96,12 +96,15 @@ def measure(settings: Study, tokens: "Tokens", model: CellClassifier) -> tuple[p
             def make(folder: Path, name: str = name) -> None:
                 _write_and_measure(settings, model, name, folder, file)
 
+            is_new = stored_key(_folder(settings) / name) != number
             folder = made(_folder(settings) / name, number, make)
             logits = torch.from_numpy(np.load(folder / "logits.npy")).double()
             probabilities = losses.probabilities(logits, settings.loss).numpy()
             found.append(_row(settings, name, read_json(folder / "measured.json")) | {"key": number})
             table = fit.predictions_table(cells, tokens.classes, probabilities)
             predictions.append(table.assign(task=settings.task, arm=name, seed=settings.seed, fold=settings.fold))
+            if not is_new:
+                continue
             line = f"{name}: {found[-1]['file_bytes'] / 1e6:.2f} MB, {found[-1]['cells_per_second:1']:.0f} cells/s"
             print(line, file=sys.stderr, flush=True)
     return pd.DataFrame(found).assign(n_test=len(cells)), pd.concat(predictions, ignore_index=True)

@@ -208,6 +208,7 @@ def pretrain(settings: Study, corpus: Corpus, *, folder: Path, stop_after: int |
     run = {"learning_rate": settings.pretrain_learning_rate, "batch_size": settings.pretrain_batch}
     run |= {"warmup_steps": steps // 20, "warmup_cap": None, "seed": settings.pretrain_seed, "strategy": "full"}
     settings = settings.model_copy(update=run | {"early_stop": None})
+    transformers.utils.logging.disable_progress_bar()  # bars of a second, on stderr
     hardware.prepare(settings)
     transformers.set_seed(settings.seed)
     model = BertForMaskedLM(
