@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from tuneformer.study import Study
 
 BRACES = re.compile(r"{([^{}]*)}")
-TAKEN = re.compile(r"cells|made|tokens.*", re.IGNORECASE)
-"""Names of the other folders of a task."""
+TAKEN = re.compile(r"cells|made|frozen|by_rows|tokens.*", re.IGNORECASE)
+"""Names of the other folders of a task, as in `tuneformer.paths`."""
 METHOD = "|".join(sorted((*keys.STRATEGIES, *keys.BASELINES, *keys.GENE_BASELINES), key=len, reverse=True))
+KEYS = list(dict.fromkeys(key for section in keys.SECTIONS for key in section.model_fields))
 SAID = re.compile(rf"^(?:{METHOD})(?![A-Za-z0-9])|{keys.CONTROL}")
 """What the name of an arm says about its strategy: it begins with one, or has the control's name in it."""
 FITTED = frozenset(keys.TrainingKeys.model_fields) - {*keys.TokensKeys.model_fields, "strategy"} | {"steps_of"}
@@ -92,7 +93,7 @@ def expand(
         if not isinstance(own, Mapping):
             msg = f"{here}: write the keys that differ as {{key: value}} (it is {given!r})."
             raise UserError(msg)
-        refuse_unknown(own, here, keys_of_studies())
+        refuse_unknown(own, here, KEYS)
         shared = [key for key in own if key not in allowed]
         if shared:
             msg = f"{here}: all arms of a study share {shared[0]}; set it for the study, or make two tasks of it."
@@ -113,11 +114,6 @@ def expand(
                 require_choice(chosen["strategy"], named, here, "strategy")
             found[name] = chosen
     return found
-
-
-def keys_of_studies() -> list[str]:
-    """Return the names of all keys of a study."""
-    return list(dict.fromkeys(key for section in keys.SECTIONS for key in section.model_fields))
 
 
 def expand_contrasts(
@@ -178,11 +174,10 @@ def refuse_unread(settings: "Study", own: Mapping[str, Any], where: str) -> None
             msg = f"{where}: {key} is for fine-tuning, and {settings.strategy} is a baseline, which does not read it."
             raise UserError(msg)
         reader, values = READ_BY.get(key, ("", set()))
-        if reader and getattr(settings, reader) not in values:
+        value = getattr(settings, reader, None)
+        if reader and value not in values:
             needed = " or ".join(sorted(values))
-            msg = (
-                f"{where}: {key} needs {reader}: {needed}, and this arm has {getattr(settings, reader)}; leave it out."
-            )
+            msg = f"{where}: {key} needs {reader}: {needed}, and this arm has {value}; leave it out."
             raise UserError(msg)
 
 
@@ -200,6 +195,7 @@ def refuse_misnamed(settings: "Study", where: str) -> None:
 def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
     """Give the keys whose values do not go together, each with the reason."""
     is_made = settings.train_set != "single_cell"
+    is_split_once = not (settings.folds or settings.group_by)
     rules = {
         "path": (settings.dataset == "own" and not settings.path, "dataset is own, so path must name a file"),
         "folds": (settings.folds == 1, "one fold leaves nothing to train on; set 2 or more, or 0 for one test set"),
@@ -211,10 +207,7 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
             settings.select_column is None and bool(settings.select_values),
             "needs select_column, the obs column that holds the values",
         ),
-        "seeds": (
-            not settings.seeds or len(set(settings.seeds)) < len(settings.seeds),
-            "name each seed once, one at least",
-        ),
+        "seeds": (not len(set(settings.seeds)) == len(settings.seeds) > 0, "name each seed once, one at least"),
         "k": (
             (settings.train_set == "pseudobulk" or settings.steps_of == "pseudobulk") and settings.k is None,
             "pseudo-bulk needs the mean number of cells in a group; set it to 2 or more",
@@ -248,12 +241,7 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
         "padded_classes": (settings.pad is not None and not settings.padded_classes, "pad needs the classes to pad"),
         "validation_share": (
             settings.validation_share == 0
-            and (
-                is_made
-                or settings.is_baseline
-                or settings.epoch_rule != "last"
-                or bool(settings.folds or settings.group_by)
-            ),
+            and (is_made or settings.is_baseline or settings.epoch_rule != "last" or not is_split_once),
             "0 is for strategies on single cells that are split by cell, once, and keep the last epoch; set it above 0",
         ),
         "early_stop": (
@@ -275,7 +263,7 @@ def inconsistencies(settings: "Study") -> Iterator[tuple[str, str]]:
 def _combinations(template: str, own: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Give the name and keys of each combination of the values that are listed for {key} in a template."""
     places = list(dict.fromkeys(BRACES.findall(template)))
-    refuse_unknown(places, where, keys_of_studies())
+    refuse_unknown(places, where, KEYS)
     for key in places:
         if own.get(key, []) == []:
             msg = f"{where}: the name has {{{key}}}, so {key} needs a value or a list of them."

@@ -80,6 +80,16 @@ def tokens_dir(settings: "Study") -> Path:
     return task_dir(settings) / f"tokens{fold}{f'_{key(own)[:8]}' if own else ''}"
 
 
+def by_rows_dir(settings: "Study") -> Path:
+    """Return the folder of the counts of a task's source, by rows, where they are stored by columns."""
+    return task_dir(settings) / "by_rows"
+
+
+def frozen_dir(settings: "Study") -> Path:
+    """Return the folder of what frozen layers make of the cells of a task."""
+    return task_dir(settings) / "frozen"
+
+
 def made_dir(settings: "Study") -> Path:
     """Return the folder of the made cells of one run, which all arms with the same keys for it share."""
     number = key(settings.keys(TokensKeys), settings.seed, settings.fold)

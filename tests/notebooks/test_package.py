@@ -22,7 +22,7 @@ BELOW = {
 ABOVE = {"batch", "run"}  # start what a user asked for, and are imported by none
 NAMED_BY_STUDIES = ("keys", "model.strategies")  # so that a new strategy is written in one place; it imports no torch
 LONGEST = 400  # lines of a file
-SHORTER = {"study": 300, "arms": 320, "keys": 300, "params": 300}
+SHORTER = {"study": 300, "arms": 300, "keys": 300, "params": 300}
 
 
 def name_of(module):

@@ -95,6 +95,7 @@ def test_a_template_gives_each_combination_one_name(lists):
         ({"x" * 65: None}, "is not a name"),
         ({"{loss}": {"loss": ["a/b"]}}, "'a/b' is not a name"),
         ({"tokens": None}, "another folder .* has the name 'tokens'"),
+        ({"frozen": None}, "another folder .* has the name 'frozen'"),
         ({"x": {"strategy": "ful"}}, "arm x: strategy 'ful' is not one of .*Did you mean full"),
         ({"x": {"strategy": "expression"}}, "strategy 'expression' is not one of"),  # of another kind of study
     ],

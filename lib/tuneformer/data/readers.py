@@ -94,7 +94,7 @@ def counts_of(path: Path, place: str, settings: Study) -> Counts:
         return Counts(path, place)
     number = key("by_rows", fetch.file_hash(path), place)
     folder = made(
-        paths.task_dir(settings) / "by_rows",
+        paths.by_rows_dir(settings),
         number,
         lambda partial: counts.write_by_rows(path, place, partial / counts.BY_ROWS),
     )

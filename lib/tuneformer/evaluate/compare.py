@@ -15,7 +15,6 @@ from scipy import special, stats
 from tuneformer.evaluate.resampling import FEW_CELLS, MEANS, NOTHING, Estimate, Scored, score_tasks
 from tuneformer.evaluate.telling import (
     ALPHA,
-    CEILING,
     HIGHER,
     LEAST_KNOWN,
     LOWER,
@@ -29,6 +28,7 @@ from tuneformer.evaluate.telling import (
     recommendations,
     rule_of,
 )
+from tuneformer.keys import CEILING
 from tuneformer.study import BASELINES, CONTROL, GENE_BASELINES, Contrast, Study, contrasts
 
 TAIL = (1 - 0.95) / 2

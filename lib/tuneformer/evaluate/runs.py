@@ -132,7 +132,7 @@ def _make(settings: Study, folder: Path) -> None:
     from tuneformer.cells import make
     from tuneformer.evaluate import leakage
 
-    prepared, frozen = make.prepare(settings), paths.task_dir(settings) / "frozen"
+    prepared, frozen = make.prepare(settings), paths.frozen_dir(settings)
     leakage.refuse_leaks(prepared, settings)
     if settings.is_baseline:
         from tuneformer.model import baselines

@@ -15,7 +15,6 @@ from tuneformer.study import Study
 ALPHA = 0.05
 HIGHER, LOWER, SAME, UNDECIDED, WITHHELD = "higher", "lower", "same", "not decided", "withheld"
 CHANCE = "chance"  # the reference of a contrast that is no arm
-CEILING = "bayes"  # the strategy that knows how simulated cells were made
 MOST_CONSTANT = 0.25  # share of the runs of an arm that may predict one class only, for such a verdict
 LEAST_KNOWN = 0.5  # share of the genes that a checkpoint has to know for a verdict on its pre-training
 MOST_SEEDS, MOST_TIMES = 100, 10  # more seeds, and times the test cells, that are asked for at most

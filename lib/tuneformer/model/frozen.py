@@ -119,6 +119,7 @@ class Frozen:
                 print(f"frozen layers run in each step: their states would take {size}", file=sys.stderr, flush=True)
                 return False
             self._compute(store, model, cells, places, depth)
+            store.refresh()
         return True
 
     @torch.no_grad()
@@ -164,7 +165,7 @@ class _Store:
         os.truncate(self.index, len(self.places) * RECORD.itemsize)
 
     def append(self, cells: np.ndarray, states: np.ndarray, rows: np.ndarray) -> None:
-        """Write the states of cells, (rows, width), and then that they are there."""
+        """Write the states of cells, (rows, width), and then that they are there; `refresh` reads them."""
         start = self.states.stat().st_size // (self.width * 4)
         starts = start + np.cumsum(rows) - rows
         records = np.array(list(zip(cells.tolist(), starts, rows, strict=True)), RECORD)
@@ -173,7 +174,6 @@ class _Store:
                 file.write(content.tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-        self.refresh()
 
     def rows_of(self, cells: np.ndarray) -> "_Rows":
         """Return where the states of cells are."""

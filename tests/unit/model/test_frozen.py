@@ -110,6 +110,7 @@ def test_a_killed_job_leaves_no_cell_that_seems_done(tmp_path):
     assert set(again.places) == {b"a" * 16, b"b" * 16}
     again.repair()
     again.append(np.array([b"c" * 16], object), states[5:], np.array([4]))
+    again.refresh()
     store.refresh()  # another job sees it
     for one in (store, again, frozen._Store(tmp_path, 4)):
         read = one.rows_of(np.array([b"a" * 16, b"c" * 16], object)).read([1, 0]).numpy()
