@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from tuneformer import paths
 from tuneformer.artifacts import UserError, atomic_path, read_json, write_json, write_text
 from tuneformer.evaluate import compare
+from tuneformer.evaluate.resampling import weighted_scores
 from tuneformer.evaluate.runs import finished_runs, history_of, predictions_of
 from tuneformer.report import readme
 from tuneformer.study import Study, TaskKeys, jobs, load_study
@@ -61,16 +63,14 @@ class Results:
         score, few = self.answer["score"], {task["task"]: task["left_out"] for task in self.answer["tasks"]}
         if not any(few.values()):
             return self.runs
-        from sklearn.metrics import f1_score, recall_score
-
-        measure = {"macro_f1": f1_score, "balanced_accuracy": recall_score}[score]
         found = {}
         names = self.predictions.astype({"fold": "Int64", **dict.fromkeys(["task", "arm", "label", "predicted"], str)})
         for place, rows in names.groupby(PLACE, dropna=False):
-            kept = [name for name in rows["label"].unique() if name not in few[place[0]]]
-            found[tuple(map(str, place))] = measure(
-                rows["label"], rows["predicted"], labels=kept, average="macro", zero_division=0
-            )
+            classes = pd.Index(np.unique(rows[["label", "predicted"]]))
+            true, called = (classes.get_indexer(rows[name]) for name in ("label", "predicted"))
+            once = np.ones((1, len(rows)))
+            (of_run,) = weighted_scores(true, called[None], once, score, list(classes), few[place[0]])[0]
+            found[tuple(map(str, place))] = of_run
         places = self.runs[PLACE].astype({"fold": "Int64"}).astype(str).apply(tuple, axis=1)
         return self.runs.assign(**{score: places.map(found)})
 
