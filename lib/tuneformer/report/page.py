@@ -153,7 +153,7 @@ def _section(site: Path, found: Results, convert: _Converter) -> dict[str, Any]:
     for name in ("runs.csv", "answer.json", "study.yaml"):
         shutil.copyfile(found.folder / name, target / name)
     shown = {"What was asked": tables.contrasts(answer), "Every arm, best first": tables.arms(answer, found.runs)}
-    shown["Beside the score (means over the runs)"] = tables.beside(answer, found.runs)
+    shown["Beside the score (means over the runs, all classes)"] = tables.beside(answer, found.runs)
     failed = int((found.runs["status"] != "ok").sum())
     return {
         "name": study,
